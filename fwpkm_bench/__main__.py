@@ -1,0 +1,5 @@
+"""``python -m fwpkm_bench``."""
+
+from fwpkm_bench.cli import main
+
+main()

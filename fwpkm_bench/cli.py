@@ -1,0 +1,244 @@
+"""The command line: click commands only; what is heavy is imported inside them."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fwpkm_bench import __version__
+from fwpkm_bench.errors import UsageError
+
+TRACEBACK = "FWPKM_BENCH_TRACEBACK"  # set: let internal errors through whole
+
+SWEEP_EXAMPLES = """
+\b
+Examples:
+  fwpkm-bench sweep --seq 4k..128k
+  fwpkm-bench sweep --layers fwpkm,gdn --seq 1k..8k:1k --workloads recall
+  fwpkm-bench sweep --layers fwpkm --set fwpkm.topk=4,8,16
+  fwpkm-bench sweep sweeps/quick.toml --out /tmp/quick
+"""
+
+
+class OneLineErrors(click.Group):
+    """Every mistake of the user's is one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            click.echo(f"fwpkm-bench: {error}", err=True)
+            ctx.exit(2)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            result = super().main(*args, **kwargs)
+        except click.ClickException as error:
+            click.echo(f"fwpkm-bench: {error.format_message()} (see fwpkm-bench --help)", err=True)
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            sys.exit(130)
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            click.echo(
+                f"fwpkm-bench: internal error, please report it: {what} ({TRACEBACK}=1 shows where)", err=True
+            )
+            sys.exit(70)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fwpkm-bench")
+def main() -> None:
+    """What each kind of sequence memory costs, and what it can recall.
+
+    Softmax attention, linear attention, the gated delta rule, product key memory and fast-weight
+    product key memory, measured side by side: tokens a second, memory and recall.
+    """
+
+
+def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(v.strip() for v in value.split(",") if v.strip())
+
+
+def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    names = _names(ctx, option, value)
+    if names is None:
+        return None
+    bad = [n for n in names if not n.isdigit()]
+    if bad:
+        raise UsageError(f"--{option.name} takes whole numbers such as 1,8; {bad[0]!r} is none")
+    return tuple(int(n) for n in names)
+
+
+@main.command(epilog=SWEEP_EXAMPLES)
+@click.argument("file", required=False)
+@click.option(
+    "--seq", metavar="LENGTHS", help="4k..128k (doubling, the default), 4k,16k, 1k..8k:1k, 4k..1m*4."
+)
+@click.option(
+    "--layers", "--layer", callback=_names, metavar="NAMES", help="Which layers, or path/to/file.py:Class."
+)
+@click.option("--workloads", callback=_names, metavar="NAMES", help="throughput, recall (default: both).")
+@click.option("--modes", callback=_names, metavar="NAMES", help="Of throughput: prefill.")
+@click.option("--batch", callback=_numbers, metavar="N[,N...]", help="Sequences at a time (default 1).")
+@click.option(
+    "--dtype", callback=_names, metavar="NAMES", help="float32 (default), bfloat16, float16, float64."
+)
+@click.option("--device", help="cpu (default) or cuda.")
+@click.option(
+    "--backend", help="The implementation, such as eager or reference (default: each layer's best)."
+)
+@click.option("--size", help="laptop (default on a CPU) or paper (default on a GPU).")
+@click.option("--seeds", callback=_numbers, metavar="N[,N...]", help="One case for each (default 0).")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUES", help="Sweep over a setting; repeatable."
+)
+@click.option(
+    "--budget", "budget_s", type=float, metavar="SECONDS", help="Timing budget of a case (default 10)."
+)
+@click.option(
+    "--timeout", "timeout_s", type=float, metavar="SECONDS", help="End a case after this (default 900)."
+)
+@click.option("--name", help="Name of the run folder under results/.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder itself.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, and run nothing.")
+def sweep(
+    file: str | None,
+    seq: str | None,
+    settings: tuple[str, ...],
+    out: Path | None,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Measure layers over sequence lengths; running it again finishes what is missing.
+
+    FILE is a sweep in TOML, or the name of one that comes with the package (see list); flags win over it.
+    """
+    from fwpkm_bench import run as runner
+    from fwpkm_bench import spec
+    from fwpkm_bench.ranges import parse_lengths
+
+    fields = spec.from_toml(_sweep_file(file)) if file else {}
+    fields |= {name: value for name, value in flags.items() if value is not None}
+    if seq is not None:
+        fields["seq"] = parse_lengths(seq)
+    if settings:
+        fields["settings"] = {**fields.get("settings", {}), **dict(map(spec.parse_setting, settings))}
+    asked = spec.Sweep(**fields)
+    out = out or Path("results") / asked.folder_name
+    if dry_run:
+        planned = runner.plan(asked)
+        for case in planned:
+            click.echo(case.case_id)
+        click.echo(f"{len(planned)} cases, to {out}; nothing was run")
+        return
+    _run_sweep(asked, out)
+
+
+def _sweep_file(name: str) -> Path:
+    from fwpkm_bench import catalog
+    from fwpkm_bench.errors import choose
+
+    if name.endswith(".toml") or "/" in name:
+        return Path(name)
+    files = catalog.sweep_files()
+    return files[choose("sweep", name, files)]
+
+
+def _run_sweep(asked: Any, out: Path) -> None:
+    from fwpkm_bench import run as runner
+    from fwpkm_bench.display import Display
+
+    command = shlex.join(["fwpkm-bench", *sys.argv[1:]])
+    _interrupt_on(signal.SIGTERM)
+    try:
+        with Display() as display:
+            runner.run(asked, out, command, display.show)
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; {out} is whole. To finish it: {command}", err=True)
+        sys.exit(130)
+    _report(out)
+
+
+def _interrupt_on(number: int) -> None:
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(number, interrupt)
+
+
+def _report(out: Path) -> None:
+    """Draw, write and print what a run folder holds."""
+    from fwpkm_bench import plot, report, tables
+
+    frame, short = tables.write_tables(out)
+    plot.draw_all(frame, short, out / "plots")
+    report.write(out, frame, short)
+    report.print_summary(short)
+    for what, file in (
+        ("table", "summary.csv"),
+        ("picture", "plots/overview.png"),
+        ("report", "report.html"),
+    ):
+        click.echo(f"{what:<8} {out / file}")
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+def show(run_folder: Path) -> None:
+    """Print the table of a run folder, finished or not."""
+    from fwpkm_bench import report, tables
+
+    report.print_summary(tables.summary(tables.table(_existing_run(run_folder))))
+
+
+@main.command("plot")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+def plot_command(run_folder: Path) -> None:
+    """Derive the tables of a run folder again, and draw its pictures and report."""
+    _report(_existing_run(run_folder))
+
+
+def _existing_run(path: Path) -> Path:
+    """``path``, or the run of that name under results/."""
+    from fwpkm_bench.errors import choose
+    from fwpkm_bench.store import RUN
+
+    if (path / RUN).is_file():
+        return path
+    root = Path("results")
+    runs = sorted(str(p.parent.relative_to(root)) for p in root.rglob(RUN)) if root.is_dir() else []
+    if not runs:
+        raise UsageError(f"{path} is no run folder (no {RUN} in it); run fwpkm-bench sweep first")
+    return root / choose("run", str(path), runs)
+
+
+@main.command("list")
+def list_command() -> None:
+    """List layers, workloads and the sweeps that come with the package."""
+    from fwpkm_bench import catalog
+
+    groups: dict[str, Callable[[], Any]] = {
+        "layers": catalog.layer_names,
+        "workloads": catalog.workload_names,
+        "sweeps": catalog.sweep_files,
+    }
+    for title, names in groups.items():
+        click.echo(f"{title:<10} {' '.join(names())}")
+
+
+@main.command()
+def doctor() -> None:
+    """Say what is installed, which devices are there, and which backends can run, or why not."""
+    from fwpkm_bench import report
+
+    report.print_doctor()

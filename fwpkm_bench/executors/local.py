@@ -1,0 +1,74 @@
+"""Cases run one after the other on this machine, each in a process of its own.
+
+The processes are forked from a server that has imported torch once, so that a case starts in
+milliseconds, with nothing of the case before it in memory.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from fwpkm_bench.spec import Case
+
+# glibc: keep freed memory for the next call, as a GPU's caching allocator does. Otherwise every call pays
+# the system again for zeroing the same pages, which on a virtual machine can double its time at random.
+ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+PATIENCE_S = 5.0  # for a process that has sent its outcome to end
+
+
+class LocalExecutor:
+    """Runs cases; `stop` ends the one that is running."""
+
+    def __init__(self) -> None:
+        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+        self._context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+        if sys.platform != "win32":
+            self._context.set_forkserver_preload(["fwpkm_bench.worker"])
+        self._process: Any = None
+
+    def run(self, case: Case, timeout_s: float) -> dict[str, Any]:
+        """The outcome of ``case`` (see `worker.attempt`), also where its process did not live to tell."""
+        from fwpkm_bench import worker
+
+        ours, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=worker.work, args=(dataclasses.asdict(case), theirs))
+        started = time.monotonic()
+        self._process.start()
+        theirs.close()
+        try:
+            if not ours.poll(timeout_s):
+                return _failed("timeout", f"no result after {timeout_s:g} s; raise --timeout")
+            return ours.recv()
+        except EOFError:
+            self._process.join(PATIENCE_S)
+            return _failed("crashed", _epitaph(self._process.exitcode, time.monotonic() - started))
+        finally:
+            self.stop()
+            ours.close()
+
+    def stop(self) -> None:
+        """End the process of the case, if it still runs."""
+        process, self._process = self._process, None
+        if process is None or process.pid is None:
+            return
+        process.join(0.2)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        process.close()
+
+
+def _failed(status: str, reason: str) -> dict[str, Any]:
+    return {"status": status, "reason": reason, "columns": {}, "samples_ms": [], "warmup_ms": []}
+
+
+def _epitaph(code: int | None, after_s: float) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (the system kills so when memory runs out)" if name == "SIGKILL" else ""
+        return f"the process was ended by {name}{hint} after {after_s:.1f} s"
+    return f"the process ended with exit code {code} after {after_s:.1f} s"

@@ -1,0 +1,1 @@
+"""Mathematics that two layers or more share."""

@@ -1,0 +1,41 @@
+"""Product keys: the best k of n*n slots from two short lists (arXiv 1907.05242, section 3.2).
+
+Shapes: n sub-keys per half, k = top-k; a slot's score is the sum of its two sub-keys' scores.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def _staircase(topk: int) -> tuple[list[int], list[int]]:
+    """The pairs (a, b) of ranks that can be among the best ``topk`` sums of two descending lists.
+
+    Rank pair (a, b) is beaten by the (a+1)(b+1)-1 pairs above and left of it, so only those with
+    (a+1)(b+1) <= topk count: 20 of 64 for k = 8, 119 of 1,024 for k = 32.
+    """
+    pairs = [(a, b) for a in range(topk) for b in range(topk // (a + 1))]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def product_topk(scores: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best k slots of the product of two descending lists of k sub-keys each.
+
+    Args:
+        scores: ``[..., 2, k]``, each half's best scores, best first.
+        indices: ``[..., 2, k]`` int64, the sub-keys that they belong to.
+        n: sub-keys per half.
+
+    Returns:
+        Slot scores ``[..., k]``, best first; slot indices ``[..., k]`` int64, ``i1 * n + i2``; and the
+        ranks ``[..., k, 2]`` in the two lists that each slot came from.
+    """
+    topk = scores.shape[-1]
+    first, second = (torch.tensor(r, device=scores.device) for r in _staircase(topk))
+    sums = scores[..., 0, :].index_select(-1, first) + scores[..., 1, :].index_select(-1, second)
+    best, pair = sums.topk(topk, dim=-1)
+    ranks = torch.stack((first[pair], second[pair]), dim=-1)
+    slots = indices[..., 0, :].gather(-1, ranks[..., 0]) * n + indices[..., 1, :].gather(-1, ranks[..., 1])
+    return best, slots, ranks

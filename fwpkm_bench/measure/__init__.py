@@ -1,0 +1,1 @@
+"""How time, memory, ceilings and the machine itself are measured."""

@@ -1,0 +1,41 @@
+"""What the device can do at best: a matrix product and a copy, timed in the same process as the case."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fwpkm_bench.measure.timing import Sampler, cpu_sample, cuda_sampler
+
+SAMPLES = 5
+MATRIX = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """``flops`` of a square matrix product a second, ``bytes`` read and written by a copy a second."""
+
+    flops: float
+    bytes: float
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Time both on ``device``; random operands, because products of zeros run faster."""
+    sample = cuda_sampler() if device == "cuda" else cpu_sample
+    size = MATRIX[device]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    product = _best(sample, lambda: torch.mm(a, b, out=out))
+    source = torch.empty(COPY_BYTES[device] // 4, dtype=torch.float32, device=device).fill_(1.0)
+    target = torch.zeros_like(source)
+    copy = _best(sample, lambda: target.copy_(source))
+    return Ceilings(flops=2 * size**3 / product, bytes=2 * COPY_BYTES[device] / copy)
+
+
+def _best(sample: Sampler, call: Callable[[], Any]) -> float:
+    """Seconds: the median after one warm-up."""
+    sample(call)
+    return statistics.median(sample(call)[0] for _ in range(SAMPLES)) / 1e3

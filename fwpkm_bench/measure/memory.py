@@ -1,0 +1,79 @@
+"""Peak memory of the case's own process."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """The peak above what was there when it was made.
+
+    On a CPU the resident size of this process, whose high-water mark is reset where the system allows
+    (Linux); on a GPU the peak of torch's allocator, which counts what torch asked for, to the byte.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            gc.collect()
+            _give_back_free_memory()
+            with contextlib.suppress(OSError):  # the mark then covers the process's life: an upper bound
+                _CLEAR.write_text("5")
+            self.before = psutil.Process().memory_info().rss
+
+    def peak_bytes(self) -> int:
+        """The highest since then, above what was there."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - self.before
+        return max(0, _resident_peak() - self.before)
+
+    def total_bytes(self) -> int:
+        """The highest since then, with what was there (weights, inputs and, on a CPU, the interpreter)."""
+        return self.before + self.peak_bytes()
+
+
+def _give_back_free_memory() -> None:
+    """Return what the allocator holds free to the system (glibc), so that reusing it counts as memory."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_peak() -> int:
+    try:
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def vram_process_bytes(device: str) -> int | None:
+    """What the driver says that this process holds on the GPU, or None where it does not say."""
+    if device != "cuda":
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == os.getpid():
+                return process.usedGpuMemory
+    except pynvml.NVMLError:
+        return None
+    return None

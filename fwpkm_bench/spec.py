@@ -1,0 +1,279 @@
+"""A sweep is data: `Sweep` is what was asked for, `Case` one point of it.
+
+TOML files and the command line both land here, and an unknown key is an error.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fwpkm_bench import catalog
+from fwpkm_bench.errors import UsageError, choose
+from fwpkm_bench.ranges import format_length, parse_lengths
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("cpu", "cuda")
+SIZES = ("laptop", "paper")
+LAYERS = ("softmax", "linear", "gdn", "pkm", "fwpkm")
+WORKLOADS = ("throughput", "recall")
+
+Value = int | float | str | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One point of a sweep: everything that decides what is run and measured.
+
+    ``settings`` are the layer's own and, for a workload with settings, the workload's, both resolved.
+    """
+
+    layer: str
+    backend: str
+    workload: str
+    mode: str
+    seq: int
+    batch: int
+    dtype: str
+    device: str
+    seed: int
+    budget_s: float
+    layer_settings: dict[str, Value]
+    workload_settings: dict[str, Value]
+
+    @property
+    def case_id(self) -> str:
+        """Readable, and unique to the settings."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        what = self.mode or self.workload
+        layer = Path(self.layer.partition(":")[0]).stem if ".py:" in self.layer else self.layer
+        return f"{layer}-{self.backend}-{what}-{format_length(self.seq)}-{digest[:10]}"
+
+    @property
+    def series(self) -> str:
+        """What all cases share that differ in the sequence length alone."""
+        fields = dataclasses.asdict(self)
+        del fields["seq"]
+        return json.dumps(fields, sort_keys=True)
+
+    @property
+    def label(self) -> str:
+        """For people: ``fwpkm prefill 4k``."""
+        return " ".join(filter(None, (self.layer, self.mode or self.workload, format_length(self.seq))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What was asked for; `cases` says what that comes to.
+
+    ``settings`` maps ``layer.setting`` or ``workload.setting`` to the values to go through.
+    """
+
+    name: str = ""
+    seq: tuple[int, ...] = parse_lengths("4k..128k")
+    layers: tuple[str, ...] = LAYERS
+    workloads: tuple[str, ...] = WORKLOADS
+    modes: tuple[str, ...] = ("prefill",)
+    batch: tuple[int, ...] = (1,)
+    dtype: tuple[str, ...] = ("float32",)
+    device: str = "cpu"
+    backend: str = ""  # empty: the best that each layer has for the device
+    size: str = ""  # empty: laptop on a CPU, paper on a GPU
+    seeds: tuple[int, ...] = (0,)
+    budget_s: float = 10.0
+    timeout_s: float = 900.0
+    settings: dict[str, tuple[Value, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.seq or min(self.seq) < 1:
+            raise UsageError("seq must name at least one length of at least 1, such as 4k..128k")
+        for layer in self.layers:
+            if ":" not in layer:
+                choose("layer", layer, catalog.layer_names())
+        for workload in self.workloads:
+            choose("workload", workload, catalog.workload_names())
+        for dtype in self.dtype:
+            choose("dtype", dtype, DTYPES)
+        choose("device", self.device, DEVICES)
+        if self.size:
+            choose("size", self.size, SIZES)
+        for name in ("layers", "workloads", "modes", "batch", "dtype", "seeds"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} must name at least one")
+        if min(self.batch) < 1:
+            raise UsageError(f"batch must be at least 1, got {min(self.batch)}")
+        if min(self.seeds) < 0:
+            raise UsageError(f"seeds must be at least 0, got {min(self.seeds)}")
+        for name in ("budget_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the run folder: the sweep's, or one that tells sweeps apart."""
+        return self.name or f"sweep-{self.digest[:8]}"
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is to be measured; the name and the timeout do not count."""
+        fields = dataclasses.asdict(self)
+        del fields["name"], fields["timeout_s"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def from_toml(path: Path) -> dict[str, Any]:
+    """The fields of a `Sweep` that a file sets.
+
+    Raises:
+        UsageError: naming the file and the key.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    names = [f.name for f in dataclasses.fields(Sweep)]
+    fields: dict[str, Any] = {"name": path.stem}
+    for key, value in raw.items():
+        choose(f"key of a sweep ({path})", key, names)
+        fields[key] = _from_toml_value(path, key, value)
+    return fields
+
+
+def _from_toml_value(path: Path, key: str, value: Any) -> Any:
+    if key == "seq":
+        items = value if isinstance(value, list) else [value]
+        return parse_lengths(",".join(str(item) for item in items))
+    if key == "settings":
+        if not isinstance(value, dict):
+            raise UsageError(f"{path}: settings must be a table, such as [settings] 'fwpkm.topk' = [4, 8]")
+        flat: dict[str, tuple[Value, ...]] = {}
+        for name, entry in value.items():
+            inner = entry if isinstance(entry, dict) else {"": entry}
+            for setting, values in inner.items():
+                full = f"{name}.{setting}" if setting else name
+                flat[full] = tuple(values) if isinstance(values, list) else (values,)
+        return flat
+    default = getattr(Sweep, key, None)
+    kind: type | tuple[type, ...] = type(default[0]) if isinstance(default, tuple) else type(default)
+    kind = (int, float) if kind is float else kind
+    items = value if isinstance(value, list) and isinstance(default, tuple) else [value]
+    for item in items:
+        if not isinstance(item, kind) or isinstance(item, bool):
+            wanted = "a number" if kind == (int, float) or kind is int else "a string"
+            raise UsageError(
+                f"{path}: {key} must be {wanted}{' or a list' * isinstance(default, tuple)}, got {item!r}"
+            )
+    return tuple(items) if isinstance(default, tuple) else value
+
+
+def parse_setting(text: str) -> tuple[str, tuple[Value, ...]]:
+    """``fwpkm.topk=4,8,16`` as ``("fwpkm.topk", (4, 8, 16))``."""
+    name, equals, values = text.partition("=")
+    if not equals or "." not in name or not values:
+        raise UsageError(
+            f"{text!r} is no setting; write layer.setting=value[,value...], such as fwpkm.topk=4,8"
+        )
+    return name.strip(), tuple(_parse_value(v.strip()) for v in values.split(","))
+
+
+def _parse_value(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def cases(sweep: Sweep) -> list[Case]:
+    """The cases of ``sweep``: shorter sequences first, then in the order of the workloads and layers.
+
+    Raises:
+        UsageError: for a setting that no chosen layer or workload has, or a value that one refuses.
+    """
+    workloads = {name: catalog.load_workload(name) for name in sweep.workloads}
+    layers = {name: catalog.load_layer(name) for name in sweep.layers}
+    _check_setting_names(sweep, {**workloads, **layers})
+    modes = {mode for workload in workloads.values() for mode in workload.MODES if mode}
+    for mode in sweep.modes:
+        choose("mode", mode, sorted(modes) if modes else sweep.modes)
+    known_backends = sorted({backend for layer in layers.values() for backend in layer.backends})
+    if sweep.backend:
+        choose("backend", sweep.backend, known_backends)
+
+    size = sweep.size or ("paper" if sweep.device == "cuda" else "laptop")
+    found: dict[str, Case] = {}
+    axes = itertools.product(sweep.seq, sweep.seeds, sweep.dtype, sweep.batch, workloads, layers)
+    for seq, seed, dtype, batch, workload, layer in axes:
+        wanted = [mode for mode in workloads[workload].MODES if not mode or mode in sweep.modes]
+        for mode, own, extra in itertools.product(
+            wanted,
+            _variants(
+                sweep,
+                layer,
+                layers[layer].sizes.get(size) or layers[layer].Settings(),
+                layers[layer].Settings,
+            ),
+            _variants(sweep, workload, workloads[workload].Settings(), workloads[workload].Settings),
+        ):
+            case = Case(
+                layer=layer,
+                backend=sweep.backend or default_backend(layers[layer], sweep.device),
+                workload=workload,
+                mode=mode,
+                seq=seq,
+                batch=batch if workloads[workload].BATCHED else 1,
+                dtype=dtype,
+                device=sweep.device,
+                seed=seed,
+                budget_s=sweep.budget_s,
+                layer_settings=own,
+                workload_settings=extra,
+            )
+            found.setdefault(case.case_id, case)
+    return list(found.values())
+
+
+def default_backend(layer: Any, device: str) -> str:
+    """The fastest implementation that ``layer`` has for ``device``."""
+    order = ("triton", "eager") if device == "cuda" else ("eager",)
+    return next((name for name in order if name in layer.backends), layer.backends[0])
+
+
+def _check_setting_names(sweep: Sweep, owners: dict[str, Any]) -> None:
+    for full in sweep.settings:
+        owner, _, setting = full.rpartition(".")
+        choose("layer or workload of this sweep", owner, owners)
+        choose(f"setting of {owner}", setting, [f.name for f in dataclasses.fields(owners[owner].Settings)])
+
+
+def _variants(sweep: Sweep, owner: str, base: Any, kind: Any) -> list[dict[str, Value]]:
+    """The resolved settings of ``owner``, one for each combination of the swept values."""
+    swept = {
+        full.rpartition(".")[2]: values
+        for full, values in sweep.settings.items()
+        if full.rpartition(".")[0] == owner
+    }
+    variants = []
+    for combination in itertools.product(*swept.values()):
+        chosen = dict(zip(swept, combination, strict=True))
+        for name, value in chosen.items():
+            expected = type(getattr(base, name))
+            if not isinstance(value, (int, float) if expected is float else expected) or (
+                isinstance(value, bool) and expected is not bool
+            ):
+                raise UsageError(f"{owner}.{name} must be of type {expected.__name__}, got {value!r}")
+        try:
+            variants.append(dataclasses.asdict(dataclasses.replace(base, **chosen)))
+        except ValueError as error:
+            raise UsageError(f"{owner}.{error}") from None
+    return variants

@@ -1,0 +1,247 @@
+"""What a memory carries from call to call: fast keys, an overlay of touched slots, pending tokens.
+
+Shapes: B sequences, S memories (B, or 1 where they share one), H heads, n sub-keys per half,
+h = key_dim / 2, R touched slots, l lookahead.
+"""
+
+import copy
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import tensor_bytes
+from . import reference
+from .settings import MemorySettings
+
+
+class FwPKMState(Protocol):
+    """A memory between two calls. A call uses up the state that it is given; `clone` keeps one."""
+
+    settings: MemorySettings
+    spent: bool
+    batch: int
+    pending_tokens: int  # read, but not written: their chunk is not full
+
+    def reserve(self, tokens: int) -> None:
+        """Make room at once for what ``tokens`` more tokens a sequence can touch."""
+        ...
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """Keys ``[S, H, 2, n, h]`` and values ``[S, n*n, value_dim]`` as they stand, pending not written."""
+        ...
+
+    def flush(self) -> Self:
+        """Write what is pending as a shorter chunk; the state is used up and its successor returned."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes that must be carried: keys, touched rows with their slots, pending tokens."""
+        ...
+
+    def clone(self) -> Self:
+        """A copy to come back to."""
+        ...
+
+    def detach(self) -> Self:
+        """The same state, cut off from the graph that computed it."""
+        ...
+
+
+class ReferenceState:
+    """One dense `reference.Memory` for each of S memories."""
+
+    def __init__(self, memories: list[reference.Memory], settings: MemorySettings) -> None:
+        self.memories = memories
+        self.settings = settings
+        self.spent = False
+        self.batch = sum(len(memory.query) for memory in memories)
+        self.pending_tokens = memories[0].target.shape[1]
+        self.key_shape = memories[0].keys.shape
+        self.value_shape = memories[0].values.shape
+
+    def reserve(self, tokens: int) -> None:
+        """Nothing: the tables are whole."""
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        return (
+            torch.stack([memory.keys for memory in self.memories]),
+            torch.stack([memory.values for memory in self.memories]),
+        )
+
+    def flush(self) -> Self:
+        check_unspent(self)
+        memories = [
+            reference.write(memory, self.settings, None)[0] if memory.target.shape[1] else memory
+            for memory in self.memories
+        ]
+        self.spent = True
+        return type(self)(memories, self.settings)
+
+    def nbytes(self) -> int:
+        return sum(tensor_bytes(m.keys, m.values, m.query, m.gate, m.target) for m in self.memories)
+
+    def clone(self) -> Self:
+        return type(self)(list(self.memories), self.settings)
+
+    def detach(self) -> Self:
+        def cut(m: reference.Memory) -> reference.Memory:
+            parts = (m.keys, m.values, m.query, m.gate, m.target)
+            return reference.Memory(*(part.detach() for part in parts))
+
+        return type(self)([cut(memory) for memory in self.memories], self.settings)
+
+
+class EagerState:
+    """Touched rows over a shared initial table, advanced in place."""
+
+    def __init__(self, keys: Tensor, values: Tensor, batch: int, settings: MemorySettings) -> None:
+        memories = batch if settings.scope == "per_sequence" else 1
+        self.settings = settings
+        self.spent = False
+        self.batch = batch
+        self.key_shape = keys.shape
+        self.value_shape = values.shape
+        self.initial_values = values  # [n*n, value_dim], never written
+        self.keys = keys.expand(memories, *keys.shape[-4:]).clone()
+        self.rows = values.new_empty((0, values.shape[1]), dtype=keys.dtype)  # capacity, not only R
+        self.used_rows = 0
+        self.row_of_slot = torch.full((memories * len(values),), -1, dtype=torch.int32, device=values.device)
+        room = settings.chunk_size + settings.lookahead
+        self._query = keys.new_empty((batch, room, keys.shape[0] * 2 * keys.shape[-1]))
+        self._gate = keys.new_empty((batch, room))
+        self._target = keys.new_empty((batch, room, values.shape[1]))
+        self.carried = 0  # queries whose target lies beyond the last written chunk
+        self.pending_tokens = 0
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1]
+
+    def table_slots(self, slots: Tensor) -> Tensor:
+        """``slots [B, ...]`` of each sequence's memory as places in ``row_of_slot``."""
+        if len(self.keys) == 1:
+            return slots
+        memory = torch.arange(len(slots), device=slots.device) * len(self.initial_values)
+        return slots + memory.view(-1, *([1] * (slots.ndim - 1)))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for the rows that ``tokens`` more tokens a sequence can touch.
+
+        At least doubles where it must grow, and never beyond one row a slot. On a CPU room costs nothing
+        until it is written.
+        """
+        pairs = self.batch * (tokens + self.carried + self.pending_tokens)
+        capacity = min(self.used_rows + pairs * self.heads * self.settings.topk, len(self.row_of_slot))
+        if capacity <= len(self.rows):
+            return
+        capacity = min(max(capacity, 2 * len(self.rows)), len(self.row_of_slot))
+        larger = self.rows.new_empty((capacity, self.rows.shape[1]))
+        larger[: self.used_rows] = self.rows[: self.used_rows]
+        self.rows = larger
+
+    def claim_rows(self, distinct: Tensor) -> Tensor:
+        """The rows of the overlay that hold ``distinct [U]`` places, filled from the initial table if new.
+
+        There must be room: see `reserve`.
+        """
+        rows = self.row_of_slot[distinct]
+        new = distinct[rows < 0]
+        if len(new):
+            start, stop = self.used_rows, self.used_rows + len(new)
+            initial = new % len(self.initial_values) if len(self.keys) > 1 else new
+            if self.initial_values.dtype == self.rows.dtype:
+                torch.index_select(self.initial_values, 0, initial, out=self.rows[start:stop])
+            else:
+                self.rows[start:stop] = self.initial_values[initial]
+            self.row_of_slot[new] = torch.arange(start, stop, dtype=torch.int32, device=new.device)
+            self.used_rows = stop
+            rows = self.row_of_slot[distinct]
+        return rows.long()
+
+    def read(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """``sum_i w_i V[i]`` for ``slots, weights [B, L, H, k]``; nothing is claimed."""
+        per_token = slots.shape[2] * slots.shape[3]
+        row = self.row_of_slot[self.table_slots(slots)].long().view(-1, per_token)
+        weights = weights.reshape(-1, per_token)
+        touched = row >= 0
+        places = slots.reshape(-1, per_token)
+        untouched_weights = weights.masked_fill(touched, 0)
+        initial = self.initial_values
+        out = F.embedding_bag(
+            places, initial, mode="sum", per_sample_weights=untouched_weights.to(initial.dtype)
+        )
+        out = out.to(weights.dtype)
+        if self.used_rows:
+            kept = weights.masked_fill(~touched, 0)
+            out += F.embedding_bag(row.clamp_(min=0), self.rows, mode="sum", per_sample_weights=kept)
+        return out.view(*slots.shape[:2], -1)
+
+    def append(self, query: Tensor, gate: Tensor, target: Tensor) -> None:
+        """Make tokens ``[B, p, ...]`` pending."""
+        place = slice(self.carried + self.pending_tokens, self.carried + self.pending_tokens + query.shape[1])
+        self._query[:, place] = query
+        self._gate[:, place] = gate
+        self._target[:, self.pending_tokens : self.pending_tokens + query.shape[1]] = target
+        self.pending_tokens += query.shape[1]
+
+    def pending(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and gates ``[B, carried + pending, ...]``, targets ``[B, pending, value_dim]``."""
+        length = self.carried + self.pending_tokens
+        return self._query[:, :length], self._gate[:, :length], self._target[:, : self.pending_tokens]
+
+    def keep_last(self, count: int) -> None:
+        """Forget the pending tokens but for the last ``count`` queries, whose targets have not come."""
+        length = self.carried + self.pending_tokens
+        self.carried = min(count, length)
+        for buffer in (self._query, self._gate):
+            buffer[:, : self.carried] = buffer[:, length - self.carried : length].clone()
+        self.pending_tokens = 0
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        memories = len(self.keys)
+        values = self.initial_values.to(self.rows.dtype).repeat(memories, 1)
+        touched = (self.row_of_slot >= 0).nonzero().squeeze(-1)
+        values[touched] = self.rows[self.row_of_slot[touched].long()]
+        return self.keys.clone(), values.view(memories, *self.initial_values.shape)
+
+    def flush(self) -> Self:
+        from .eager import write_pending
+
+        after = self.successor()
+        if after.pending_tokens:
+            after.reserve(0)
+            write_pending(after, None)
+        return after
+
+    def successor(self) -> Self:
+        """The state that a call advances; this one is spent, its buffers are handed over."""
+        check_unspent(self)
+        after = copy.copy(self)
+        self.spent = True
+        return after
+
+    def nbytes(self) -> int:
+        query, gate, target = self.pending()
+        row = self.rows.shape[1] * self.rows.element_size() + self.row_of_slot.element_size()
+        return tensor_bytes(self.keys, query, gate, target) + self.used_rows * row
+
+    def clone(self) -> Self:
+        check_unspent(self)
+        other = copy.copy(self)
+        for name in ("keys", "rows", "row_of_slot", "_query", "_gate", "_target"):
+            setattr(other, name, getattr(self, name).clone())
+        return other
+
+    def detach(self) -> Self:
+        return self.successor()
+
+
+def check_unspent(state: FwPKMState) -> None:
+    """Refuse a state that an earlier call has advanced."""
+    if state.spent:
+        raise ValueError(
+            "state was used up by an earlier call; pass the state that call returned, "
+            "or keep a state.clone() to come back to"
+        )

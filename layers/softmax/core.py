@@ -1,0 +1,106 @@
+"""The key-value cache, the backends, and the cache alone as a memory for the recall workload.
+
+Shapes: B sequences, T tokens, Q queries, G key heads, Dk key and Dv value features a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contract import detached, tensor_bytes
+from . import eager, reference
+
+IMPLEMENTATIONS = {"reference": reference.softmax_attention, "eager": eager.softmax_attention}
+SCORES = 2**23  # scores held at a time by a read of the memory core: 32 MiB in float32
+
+
+@dataclass
+class State:
+    """The keys and values of all ``length`` tokens so far, in buffers ``[B, G, room, Dk or Dv]``.
+
+    Where no gradient is wanted, tokens are written into the room that is left, so a state must not be
+    used again once it was appended to.
+    """
+
+    key_buffer: Tensor
+    value_buffer: Tensor
+    length: int
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys so far, ``[B, G, length, Dk]``."""
+        return self.key_buffer[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """The values so far, ``[B, G, length, Dv]``."""
+        return self.value_buffer[:, :, : self.length]
+
+    def nbytes(self) -> int:
+        """The bytes of the keys and values so far, without the room behind them."""
+        return tensor_bytes(self.keys, self.values)
+
+    def detach(self) -> "State":
+        """The same state, cut off from the graph that computed it."""
+        return detached(self)
+
+    def append(self, keys: Tensor, values: Tensor) -> "State":
+        """The state with ``keys [B, G, T, Dk]`` and ``values [B, G, T, Dv]`` behind those it has."""
+        return State(
+            _append(self.key_buffer, self.length, keys),
+            _append(self.value_buffer, self.length, values),
+            self.length + keys.shape[2],
+        )
+
+
+def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
+    """``buffer`` with ``new`` written at ``length``, in place if no graph needs what was there."""
+    used, total = buffer[:, :, :length], length + new.shape[2]
+    if torch.is_grad_enabled():
+        return torch.cat((used, new), dim=2)
+    reusable = not buffer.requires_grad and buffer.is_inference() == torch.is_inference_mode_enabled()
+    if total > buffer.shape[2] or not reusable:
+        # A quarter more room each time: copies stay rare, and little of a long cache lies idle.
+        room = max(total, length + length // 4)
+        buffer = new.new_empty((*new.shape[:2], room, new.shape[3]))
+        buffer[:, :, :length] = used
+    buffer[:, :, length:total] = new
+    return buffer
+
+
+class Core:
+    """A memory that keeps every pair: ``read = softmax(q K^T / sqrt(Dk)) V`` over all of them, one head.
+
+    States are made in float32 on ``device``.
+    """
+
+    def __init__(self, *, key_dim: int, value_dim: int, backend: str, device: torch.device | None) -> None:
+        if backend not in IMPLEMENTATIONS:
+            raise ValueError(f"backend is {backend!r}; softmax has {', '.join(IMPLEMENTATIONS)}")
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.backend = backend
+        self.device = device
+
+    def init_state(self) -> State:
+        """An empty memory."""
+        keys = torch.empty(1, 1, 0, self.key_dim, device=self.device)
+        return State(keys, torch.empty(1, 1, 0, self.value_dim, device=self.device), 0)
+
+    def write(self, state: State, keys: Tensor, values: Tensor) -> State:
+        """Append the pairs ``keys [T, Dk]``, ``values [T, Dv]``."""
+        return state.append(keys[None, None], values[None, None])
+
+    def read(self, state: State, queries: Tensor) -> Tensor:
+        """Answer ``queries [Q, Dk]`` with ``[Q, Dv]``; an empty memory answers 0.
+
+        The reference weighs all queries at once, eager as many as bound its scores to `SCORES`.
+        """
+        keys, values = state.keys[0, 0], state.values[0, 0]
+        block = max(1, SCORES // max(1, state.length)) if self.backend == "eager" else queries.shape[0]
+        scaled = queries * self.key_dim**-0.5
+        return torch.cat([(part @ keys.mT).softmax(-1) @ values for part in scaled.split(max(1, block))])
+
+    def slot_writes(self, state: State) -> None:
+        """None: every pair has its own place, and none is written twice."""

@@ -1,0 +1,27 @@
+"""Shared by the tests: the golden vectors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """``golden("pkm")``: the arrays of ``golden/pkm.npz`` as tensors, ``config`` as a dictionary."""
+
+    def load(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            arrays = {key: file[key] for key in file.files}
+        tensors: dict[str, Any] = {"config": json.loads(str(arrays.pop("config")))}
+        for key, array in arrays.items():
+            tensor = torch.from_numpy(array)
+            tensors[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensors
+
+    return load
