@@ -23,6 +23,8 @@ DPI = 160
 TRADE_OFF_LENGTHS = 3
 SMALLEST_MARK, LARGEST_MARK = 40.0, 900.0
 
+LABEL_WIDTH = 2.2  # as a ratio of speeds: labels closer than this stand in two rows
+
 Panel = Callable[[Axes, pd.DataFrame], None]
 
 
@@ -194,15 +196,18 @@ def _trade_off(rows: pd.DataFrame) -> Figure:
     state = rows["state_bytes"].astype(float)
     largest = max(state.max(), 1.0)
     for axes, seq in zip(grid, shown, strict=True):
-        raised = {True: 0, False: 0}  # neighbouring labels take turns in two rows
+        before: dict[bool, tuple[float, int]] = {}  # of labels at the top and bottom: speed and row
         for index, row in rows[rows["seq"] == seq].sort_values("tokens_per_s").iterrows():
             share = np.sqrt(float(row["state_bytes"]) / largest)
             area = SMALLEST_MARK + (LARGEST_MARK - SMALLEST_MARK) * share
             colour = colour_of(row["layer"])
             axes.scatter(row["tokens_per_s"], row["recall"], s=area, color=colour, alpha=0.75, linewidth=0)
             low = bool(row["recall"] < 0.5)
-            away = 9 + np.sqrt(area) / 2 + 30 * (raised[low] % 2)
-            raised[low] += 1
+            speed = float(row["tokens_per_s"])
+            last_speed, last_row = before.get(low, (0.0, 1))
+            level = 1 - last_row if speed < LABEL_WIDTH * last_speed else 0  # neighbours take turns
+            before[low] = speed, level
+            away = 9 + np.sqrt(area) / 2 + 30 * level
             axes.annotate(
                 f"{names[index]}\n{byte_name(float(row['state_bytes']))}",
                 (row["tokens_per_s"], row["recall"]),

@@ -108,7 +108,10 @@ def machine_line(environment: dict[str, Any]) -> str:
     versions = environment["versions"]
     git = environment["git"]
     commit = f"commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else "no checkout"
-    return f"{gpus}{environment['cpu']}, {cores} cores, {memory:.0f} GiB; Python {environment['python']}, torch {versions['torch']}; {commit}"
+    return (
+        f"{gpus}{environment['cpu']}, {cores} cores, {memory:.0f} GiB; "
+        f"Python {environment['python']}, torch {versions['torch']}; {commit}"
+    )
 
 
 def print_doctor() -> None:

@@ -98,6 +98,8 @@ class Sweep:
             choose("workload", workload, catalog.workload_names())
         for dtype in self.dtype:
             choose("dtype", dtype, DTYPES)
+        if self.device == "gpu":
+            object.__setattr__(self, "device", "cuda")
         choose("device", self.device, DEVICES)
         if self.size:
             choose("size", self.size, SIZES)

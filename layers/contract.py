@@ -30,7 +30,8 @@ class State(Protocol):
 class MemoryCore(Protocol):
     """The memory of a layer alone, for one sequence, without projections: written, then asked.
 
-    ``write`` returns the state to go on with; the state handed in is used up.
+    ``write`` returns the state to go on with; the state handed in is used up. Everything is float32, on the
+    device of the generator that the core was made with.
     """
 
     def init_state(self) -> Any:

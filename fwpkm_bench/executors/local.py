@@ -4,12 +4,15 @@ The processes are forked from a server that has imported torch once, so that a c
 milliseconds, with nothing of the case before it in memory.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from fwpkm_bench.spec import Case
@@ -37,7 +40,8 @@ class LocalExecutor:
         ours, theirs = self._context.Pipe()
         self._process = self._context.Process(target=worker.work, args=(dataclasses.asdict(case), theirs))
         started = time.monotonic()
-        self._process.start()
+        with _uninterrupted():
+            self._process.start()
         theirs.close()
         try:
             if not ours.poll(timeout_s):
@@ -60,6 +64,24 @@ class LocalExecutor:
             process.kill()
             process.join()
         process.close()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end: half a message to the server of processes would end it with a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    for late in arrived:
+        signal.raise_signal(late)
 
 
 def _failed(status: str, reason: str) -> dict[str, Any]:

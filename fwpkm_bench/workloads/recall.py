@@ -58,8 +58,9 @@ def run(case: Case) -> Measurement:
         raise UnsupportedError(f"{case.layer} has no backend {case.backend!r}: {', '.join(layer.backends)}")
     dtype = getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(case.seed)
-    keys = torch.randn(case.seq, settings.key_dim, generator=generator).to(case.device, dtype)
-    values = torch.randn(case.seq, settings.value_dim, generator=generator).to(case.device, dtype)
+    # The pairs are rounded to the case's type; the memories themselves are float32, as fast weights are.
+    keys = torch.randn(case.seq, settings.key_dim, generator=generator).to(dtype).to(case.device).float()
+    values = torch.randn(case.seq, settings.value_dim, generator=generator).to(dtype).to(case.device).float()
     asked = spread_over_age(case.seq, settings.queries).to(case.device)
     noise = settings.noise * torch.randn(len(asked), settings.key_dim, generator=generator)
     queries = keys[asked] + noise.to(keys)
@@ -69,7 +70,7 @@ def run(case: Case) -> Measurement:
         key_dim=settings.key_dim,
         value_dim=settings.value_dim,
         backend=case.backend,
-        generator=torch.Generator().manual_seed(case.seed + 1),
+        generator=torch.Generator(case.device).manual_seed(case.seed + 1),
     )
     state = core.init_state()
     for _ in range(settings.passes):

@@ -43,7 +43,7 @@ class FwPKMCore:
 
     def init_state(self) -> CoreState:
         memory = init_state(self.keys, self.values, 1, self.memory_settings, self.backend)
-        return CoreState(memory, torch.zeros(len(self.values), dtype=torch.int64))
+        return CoreState(memory, self.values.new_zeros(len(self.values), dtype=torch.int64))
 
     @torch.no_grad()
     def write(self, state: CoreState, keys: Tensor, values: Tensor) -> CoreState:
@@ -81,8 +81,9 @@ def memory_settings(settings: Settings) -> MemorySettings:
 def initial_memory(settings: Settings, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Keys ``[H, 2, n, h]`` uniform in +-1/sqrt(key_dim), values of std 1/sqrt(value_dim)."""
     n = settings.n_subkeys
-    keys = torch.empty(settings.heads, 2, n, settings.key_dim // 2)
-    values = torch.empty(n * n, settings.value_dim)
+    device = None if generator is None else generator.device
+    keys = torch.empty(settings.heads, 2, n, settings.key_dim // 2, device=device)
+    values = torch.empty(n * n, settings.value_dim, device=device)
     bound = settings.key_dim**-0.5
     return keys.uniform_(-bound, bound, generator=generator), values.normal_(
         0.0, settings.value_dim**-0.5, generator=generator
