@@ -53,8 +53,8 @@ class MemoryCore(Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward pass must do at the least: ``flops`` operations (a multiply-add is two) and
-    ``bytes`` moved (weights, inputs, outputs and the memory that is touched, each once)."""
+    """What one forward pass in float32 must do at the least: ``flops`` operations (a multiply-add is two)
+    and ``bytes`` moved (weights, inputs and outputs once; of a memory what each step must fetch and store)."""
 
     flops: int
     bytes: int
@@ -113,8 +113,8 @@ def tensor_bytes(*tensors: Tensor | None) -> int:
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """The bytes of the parameters of ``module``."""
-    return tensor_bytes(*module.parameters())
+    """The bytes of the parameters of ``module`` in float32."""
+    return 4 * sum(p.numel() for p in module.parameters())
 
 
 def detached(state: Any) -> Any:

@@ -59,6 +59,23 @@ def test_pieces_are_the_whole(name: str, backend: str) -> None:
 
 @each
 @torch.no_grad()
+def test_two_branches_of_a_state_do_not_meet(name: str, backend: str) -> None:
+    """Either the second use of a state is right, or it is refused."""
+    layer = small(name, backend)
+    x, a, b, c = (torch.randn(1, n, 16, dtype=torch.float64) for n in (9, 2, 3, 4))
+    expected = layer(torch.cat((x, a, c), 1))[0][:, -4:]
+    _, state = layer(x)
+    _, state = layer(a[:, :1], state)
+    _, first = layer(a[:, 1:], state)
+    try:
+        layer(b, state)
+    except ValueError as error:
+        assert "used up" in str(error)  # noqa: PT017
+    torch.testing.assert_close(layer(c, first)[0], expected, **EXACT)
+
+
+@each
+@torch.no_grad()
 def test_causal(name: str, backend: str) -> None:
     layer = small(name, backend)
     x = torch.randn(1, 60, 16, dtype=torch.float64)

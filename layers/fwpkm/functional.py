@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager, reference
+from . import eager, reference, training
 from .settings import MemorySettings
 from .state import EagerState, FwPKMState, ReferenceState, check_unspent
 
@@ -76,8 +76,10 @@ def fwpkm(
     Raises:
         ValueError: naming the argument that does not fit, and what would.
 
-    Source: arXiv 2601.00671, eq. 9-18. The backend ``"eager"`` has no gradients: under autograd use
-    ``"reference"``.
+    Gradients flow to query, target, gate, keys and values, through every later chunk and through the state
+    that is carried on, unless it is detached. Fast weights are float32 at least, whatever the rest is.
+
+    Source: arXiv 2601.00671, eq. 9-18.
     """
     settings = MemorySettings(
         topk=topk,
@@ -94,25 +96,17 @@ def fwpkm(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     batch, tokens, _ = query.shape
-    gate = query.new_ones(batch, tokens) if gate is None else gate
-    if mask is not None:
-        mask = mask.to(gate.dtype)
-        gate = gate * mask
     state = init_state(keys, values, batch, settings, backend) if state is None else state
     _check_state(state, keys, values, batch, settings, backend)
-    after: FwPKMState
-    if isinstance(state, ReferenceState):
-        after, out = _run_reference(state, query, target, gate, mask)
-    else:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, target, gate, keys, values)):
-            raise ValueError(
-                "backend 'eager' has no gradients: call it under torch.no_grad(), or use 'reference'"
-            )
-        assert isinstance(state, EagerState)
-        after, out = eager.run(state.successor(), query, target, gate, mask)
+    with torch.autocast(query.device.type, enabled=False):
+        kind = fast_dtype(keys)
+        gate = query.new_ones(batch, tokens) if gate is None else gate
+        mask = None if mask is None else mask.to(kind)
+        gate = gate.to(kind) if mask is None else gate.to(kind) * mask
+        after, out = _run(state, query.to(kind), target.to(kind), gate, mask)
     entropy = out["entropy"]
     return FwPKMOutput(
-        retrieved=out["retrieved"],
+        retrieved=out["retrieved"].to(target.dtype),
         state=after,
         indices=out["slots"],
         weights=out["weights"],
@@ -121,17 +115,39 @@ def fwpkm(
     )
 
 
+def fast_dtype(keys: Tensor) -> torch.dtype:
+    """The type of fast weights: float32, or float64 where the keys are."""
+    return torch.promote_types(keys.dtype, torch.float32)
+
+
+def _run(
+    state: FwPKMState, query: Tensor, target: Tensor, gate: Tensor, mask: Tensor | None
+) -> tuple[FwPKMState, dict[str, Tensor]]:
+    """Advance ``state`` with the implementation that it belongs to."""
+    if isinstance(state, ReferenceState):
+        return _run_reference(state, query, target, gate, mask)
+    assert isinstance(state, EagerState)
+    after = state.successor()
+    run = training.run if training.needs_gradient(after, query, target, gate) else eager.run
+    return after, run(after, query, target, gate, mask)
+
+
 def init_state(
     keys: Tensor, values: Tensor, batch: int, settings: MemorySettings, backend: str = "eager"
 ) -> FwPKMState:
     """The memory of ``batch`` sequences before their first token."""
+    keys = keys.to(fast_dtype(keys))
     if backend == "eager":
         return EagerState(keys, values, batch, settings)
     memories = batch if settings.scope == "per_sequence" else 1
     sharers = batch // memories
     empty = keys.new_empty((sharers, 0, keys.shape[0] * 2 * keys.shape[-1]))
     one = reference.Memory(
-        keys, values, empty, keys.new_empty((sharers, 0)), keys.new_empty((sharers, 0, values.shape[1]))
+        keys,
+        values.to(keys.dtype),
+        empty,
+        keys.new_empty((sharers, 0)),
+        keys.new_empty((sharers, 0, values.shape[1])),
     )
     return ReferenceState([one] * memories, settings)
 
@@ -174,13 +190,16 @@ def _check_shapes(
         raise refuse(
             "values", values, f"[{n * n}, value_dim] floating point, one row for each pair of sub-keys"
         )
-    if query.ndim != 3 or 0 in query.shape or query.shape[-1] != heads * 2 * h or query.dtype != keys.dtype:
-        raise refuse("query", query, f"[B, T, {heads * 2 * h}] {keys.dtype}, B and T at least 1")
+    if query.ndim != 3 or 0 in query.shape or query.shape[-1] != heads * 2 * h or not query.is_floating_point():
+        raise refuse("query", query, f"[B, T, {heads * 2 * h}] floating point, B and T at least 1")
     batch, tokens, _ = query.shape
-    if target.shape != (batch, tokens, values.shape[1]) or target.dtype != keys.dtype:
-        raise refuse("target", target, f"[{batch}, {tokens}, {values.shape[1]}] {keys.dtype}")
-    if gate is not None and (gate.shape != (batch, tokens) or gate.dtype != keys.dtype):
-        raise refuse("gate", gate, f"[{batch}, {tokens}] {keys.dtype}")
+    if target.shape != (batch, tokens, values.shape[1]) or not target.is_floating_point():
+        raise refuse("target", target, f"[{batch}, {tokens}, {values.shape[1]}] floating point")
+    if gate is not None and (gate.shape != (batch, tokens) or not gate.is_floating_point()):
+        raise refuse("gate", gate, f"[{batch}, {tokens}] floating point")
+    for name, tensor in (("query", query), ("target", target)):
+        if tensor.dtype == torch.float64 and keys.dtype != torch.float64:
+            raise refuse(name, tensor, f"at most as precise as keys, {keys.dtype}")
     if topk > n:
         raise ValueError(f"topk is {topk}; it must be at most the sub-keys per half, {n}")
     if mask is not None:

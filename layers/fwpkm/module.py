@@ -59,7 +59,8 @@ class FwPKM(SequenceLayer):
 
         Without gradients a long sequence passes through in segments, whose intermediates stay in the cache.
         """
-        if torch.is_grad_enabled() or self.settings.boundary == "drop":
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or self.settings.boundary == "drop":
             y, out = self.forward_detailed(x, state)
             return y, out.state
         self.check_input(x)
@@ -87,7 +88,12 @@ class FwPKM(SequenceLayer):
         value = z_score(F.linear(x, self.value.weight * self.value_norm.weight))
         gate_weight = (self.gate.weight * self.gate_norm.weight).mean(0)
         gate = (F.linear(x, gate_weight.unsqueeze(0)).squeeze(-1) + self.gate.bias.mean()).sigmoid()
-        out = fwpkm(
+        memory = fwpkm
+        if torch.compiler.is_compiling():
+            from .opaque import fwpkm_opaque
+
+            memory = fwpkm_opaque
+        out = memory(
             query,
             value,
             gate,
@@ -98,12 +104,12 @@ class FwPKM(SequenceLayer):
             state=state,
             backend=self.backend,
         )
-        gate = gate.unsqueeze(-1)
-        mixed = torch.lerp(value, out.retrieved, gate)
+        mixed = torch.lerp(value, out.retrieved, gate.unsqueeze(-1))
         return self.output(self.output_norm(mixed)), out
 
     def cost(self, batch: int, seq: int) -> Cost:
-        """Scores and key gradients are products with the sub-keys that the addresses select."""
+        """Scores of all sub-keys, key gradients of the selected ones, and a multiply-add a feature for each
+        row that is read and written. Bytes: a token's rows are fetched and stored back with its chunk."""
         s = self.settings
         tokens = batch * seq
         score = 2 * s.heads * s.n_subkeys * s.key_dim
@@ -112,9 +118,8 @@ class FwPKM(SequenceLayer):
         flops = linear_flops(self.query, self.value, self.gate, self.output)
         flops += score + key_gradient + 2 * 2 * reads * s.value_dim
         weights = sum(p.numel() for name, p in self.named_parameters() if name != "values")
-        # A read row is fetched, and a written row fetched and stored again.
-        moved = tokens * (2 * s.width + 3 * reads * s.value_dim) + weights
-        return Cost(tokens * flops, moved * self.values.element_size())
+        moved = tokens * (2 * s.width + 2 * reads * s.value_dim) + weights
+        return Cost(tokens * flops, 4 * moved)
 
 
 def z_score(value: Tensor) -> Tensor:

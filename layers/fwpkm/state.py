@@ -45,7 +45,7 @@ class FwPKMState(Protocol):
         ...
 
     def detach(self) -> Self:
-        """The same state, cut off from the graph that computed it."""
+        """The same state, cut off from the graph that computed it; this one is used up."""
         ...
 
 
@@ -83,6 +83,7 @@ class ReferenceState:
         return sum(tensor_bytes(m.keys, m.values, m.query, m.gate, m.target) for m in self.memories)
 
     def clone(self) -> Self:
+        check_unspent(self)
         return type(self)(list(self.memories), self.settings)
 
     def detach(self) -> Self:
@@ -90,11 +91,16 @@ class ReferenceState:
             parts = (m.keys, m.values, m.query, m.gate, m.target)
             return reference.Memory(*(part.detach() for part in parts))
 
+        check_unspent(self)
+        self.spent = True
         return type(self)([cut(memory) for memory in self.memories], self.settings)
 
 
 class EagerState:
-    """Touched rows over a shared initial table, advanced in place."""
+    """Touched rows over a shared initial table.
+
+    Advanced in place where nothing is recorded; a call with gradients replaces the tensors instead.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, batch: int, settings: MemorySettings) -> None:
         memories = batch if settings.scope == "per_sequence" else 1
@@ -104,20 +110,24 @@ class EagerState:
         self.key_shape = keys.shape
         self.value_shape = values.shape
         self.initial_values = values  # [n*n, value_dim], never written
-        self.keys = keys.expand(memories, *keys.shape[-4:]).clone()
+        self.keys = keys.expand(memories, *keys.shape).clone()
         self.rows = values.new_empty((0, values.shape[1]), dtype=keys.dtype)  # capacity, not only R
+        self.rows_are_shared = False  # with a recorded graph: to be copied before they are written
         self.used_rows = 0
         self.row_of_slot = torch.full((memories * len(values),), -1, dtype=torch.int32, device=values.device)
-        room = settings.chunk_size + settings.lookahead
-        self._query = keys.new_empty((batch, room, keys.shape[0] * 2 * keys.shape[-1]))
-        self._gate = keys.new_empty((batch, room))
-        self._target = keys.new_empty((batch, room, values.shape[1]))
         self.carried = 0  # queries whose target lies beyond the last written chunk
         self.pending_tokens = 0
+        self._query = keys.new_empty((batch, 0, keys.shape[0] * 2 * keys.shape[-1]))  # the carried ones first
+        self._gate = keys.new_empty((batch, 0))
+        self._target = keys.new_empty((batch, 0, values.shape[1]))
 
     @property
     def heads(self) -> int:
         return self.keys.shape[1]
+
+    def graph_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that gradients may flow through."""
+        return (self.keys, self.rows, self.initial_values, self._query, self._gate, self._target)
 
     def table_slots(self, slots: Tensor) -> Tensor:
         """``slots [B, ...]`` of each sequence's memory as places in ``row_of_slot``."""
@@ -134,12 +144,13 @@ class EagerState:
         """
         pairs = self.batch * (tokens + self.carried + self.pending_tokens)
         capacity = min(self.used_rows + pairs * self.heads * self.settings.topk, len(self.row_of_slot))
-        if capacity <= len(self.rows):
+        if capacity <= len(self.rows) and not self.rows_are_shared:
             return
-        capacity = min(max(capacity, 2 * len(self.rows)), len(self.row_of_slot))
-        larger = self.rows.new_empty((capacity, self.rows.shape[1]))
+        if capacity > len(self.rows):
+            capacity = min(max(capacity, 2 * len(self.rows)), len(self.row_of_slot))
+        larger = self.rows.new_empty((max(capacity, len(self.rows)), self.rows.shape[1]))
         larger[: self.used_rows] = self.rows[: self.used_rows]
-        self.rows = larger
+        self.rows, self.rows_are_shared = larger, False
 
     def claim_rows(self, distinct: Tensor) -> Tensor:
         """The rows of the overlay that hold ``distinct [U]`` places, filled from the initial table if new.
@@ -167,52 +178,78 @@ class EagerState:
         weights = weights.reshape(-1, per_token)
         touched = row >= 0
         places = slots.reshape(-1, per_token)
-        untouched_weights = weights.masked_fill(touched, 0)
         initial = self.initial_values
-        out = F.embedding_bag(
-            places, initial, mode="sum", per_sample_weights=untouched_weights.to(initial.dtype)
-        )
-        out = out.to(weights.dtype)
+        if initial.dtype != weights.dtype:  # a half-precision table is read in the precision of the weights
+            return torch.einsum("nk,nkd->nd", weights, self.gather(slots)[1].flatten(0, 1)).view(
+                *slots.shape[:2], -1
+            )
+        untouched = weights.masked_fill(touched, 0)
+        out = F.embedding_bag(places, initial, mode="sum", per_sample_weights=untouched)
         if self.used_rows:
             kept = weights.masked_fill(~touched, 0)
             out += F.embedding_bag(row.clamp_(min=0), self.rows, mode="sum", per_sample_weights=kept)
         return out.view(*slots.shape[:2], -1)
 
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """For ``slots [B, M, H, k]``: rows of the overlay ``[B, M, H*k]``, -1 where untouched, and values."""
+        row = self.row_of_slot[self.table_slots(slots)].long().flatten(2)
+        values = self.initial_values[slots.flatten(2)].to(self.rows.dtype)
+        touched = row >= 0
+        values[touched] = self.rows[row[touched]]
+        return row, values
+
     def append(self, query: Tensor, gate: Tensor, target: Tensor) -> None:
         """Make tokens ``[B, p, ...]`` pending."""
-        place = slice(self.carried + self.pending_tokens, self.carried + self.pending_tokens + query.shape[1])
-        self._query[:, place] = query
-        self._gate[:, place] = gate
-        self._target[:, self.pending_tokens : self.pending_tokens + query.shape[1]] = target
-        self.pending_tokens += query.shape[1]
+        start, count = self.carried + self.pending_tokens, query.shape[1]
+        if self._query.shape[1] < start + count or self._target.shape[1] < self.pending_tokens + count:
+            room = self.settings.chunk_size + self.settings.lookahead
+            self._query, self._gate, self._target = (
+                _with_room(self._query[:, :start], room),
+                _with_room(self._gate[:, :start], room),
+                _with_room(self._target[:, : self.pending_tokens], room),
+            )
+        self._query[:, start : start + count] = query
+        self._gate[:, start : start + count] = gate
+        self._target[:, self.pending_tokens : self.pending_tokens + count] = target
+        self.pending_tokens += count
 
     def pending(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and gates ``[B, carried + pending, ...]``, targets ``[B, pending, value_dim]``."""
         length = self.carried + self.pending_tokens
         return self._query[:, :length], self._gate[:, :length], self._target[:, : self.pending_tokens]
 
+    def set_pending(self, query: Tensor, gate: Tensor, target: Tensor) -> None:
+        """Let the last of these tokens be those that are carried and pending, by the counts."""
+        length = self.carried + self.pending_tokens
+        self._query = query[:, query.shape[1] - length :]
+        self._gate = gate[:, gate.shape[1] - length :]
+        self._target = target[:, target.shape[1] - self.pending_tokens :]
+
     def keep_last(self, count: int) -> None:
         """Forget the pending tokens but for the last ``count`` queries, whose targets have not come."""
         length = self.carried + self.pending_tokens
+        room = self._query.shape[1]
         self.carried = min(count, length)
-        for buffer in (self._query, self._gate):
-            buffer[:, : self.carried] = buffer[:, length - self.carried : length].clone()
+        self._query, self._gate = (
+            _with_room(buffer[:, length - self.carried : length], room) for buffer in (self._query, self._gate)
+        )
         self.pending_tokens = 0
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         memories = len(self.keys)
         values = self.initial_values.to(self.rows.dtype).repeat(memories, 1)
         touched = (self.row_of_slot >= 0).nonzero().squeeze(-1)
-        values[touched] = self.rows[self.row_of_slot[touched].long()]
+        values = values.index_copy(0, touched, self.rows[self.row_of_slot[touched].long()])
         return self.keys.clone(), values.view(memories, *self.initial_values.shape)
 
     def flush(self) -> Self:
-        from .eager import write_pending
+        from . import eager, training
 
         after = self.successor()
+        nothing = (self._query[:, :0], self._target[:, :0], self._gate[:, :0], None)
         if after.pending_tokens:
-            after.reserve(0)
-            write_pending(after, None)
+            run = training.run if training.needs_gradient(after) else eager.run
+            run(after, *nothing, flush=True)
         return after
 
     def successor(self) -> Self:
@@ -235,7 +272,17 @@ class EagerState:
         return other
 
     def detach(self) -> Self:
-        return self.successor()
+        after = self.successor()
+        for name in ("keys", "rows", "initial_values", "_query", "_gate", "_target"):
+            setattr(after, name, getattr(self, name).detach())
+        return after
+
+
+def _with_room(tokens: Tensor, room: int) -> Tensor:
+    """A buffer of its own for ``room`` tokens that begins with ``tokens [B, p, ...]``."""
+    buffer = tokens.new_empty((tokens.shape[0], room, *tokens.shape[2:]))
+    buffer[:, : tokens.shape[1]] = tokens
+    return buffer
 
 
 def check_unspent(state: FwPKMState) -> None:

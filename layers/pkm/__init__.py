@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive, tensor_bytes
+from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
 from .core import IMPLEMENTATIONS, Core, State, draw_tables
 
 SEGMENT = 2048  # tokens read at a time where no gradient is wanted: bounds the memory of a long prefill
@@ -131,7 +131,7 @@ class ProductKeyMemory(SequenceLayer):
         scores = settings.heads * settings.n_subkeys * 2 * settings.key_dim
         memory = scores + settings.heads * (settings.topk**2 + 2 * settings.topk * settings.value_dim)
         values_read = min(reads, settings.n_subkeys**2) * settings.value_dim
-        weights = parameter_bytes(self) - tensor_bytes(self.values)
+        weights = parameter_bytes(self) - 4 * self.values.numel()
         return Cost(
             flops=tokens * (linear_flops(self.query, self.swish, self.out) + memory),
             bytes=weights + 4 * (2 * tokens * settings.width + values_read),

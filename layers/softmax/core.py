@@ -3,7 +3,7 @@
 Shapes: B sequences, T tokens, Q queries, G key heads, Dk key and Dv value features a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ SCORES = 2**23  # scores held at a time by a read of the memory core: 32 MiB in 
 class State:
     """The keys and values of all ``length`` tokens so far, in buffers ``[B, G, room, Dk or Dv]``.
 
-    Where no gradient is wanted, tokens are written into the room that is left, so a state must not be
-    used again once it was appended to.
+    Where no gradient is wanted, tokens are written into the room that is left. ``filled`` is shared by all
+    states on the same buffers and says how much is taken, so that a second branch gets its own copy.
     """
 
     key_buffer: Tensor
     value_buffer: Tensor
     length: int
+    filled: list[int] = field(default_factory=lambda: [0])
 
     @property
     def keys(self) -> Tensor:
@@ -47,20 +48,24 @@ class State:
 
     def append(self, keys: Tensor, values: Tensor) -> "State":
         """The state with ``keys [B, G, T, Dk]`` and ``values [B, G, T, Dv]`` behind those it has."""
-        return State(
-            _append(self.key_buffer, self.length, keys),
-            _append(self.value_buffer, self.length, values),
-            self.length + keys.shape[2],
-        )
+        room_is_free = self.filled[0] == self.length
+        total = self.length + keys.shape[2]
+        buffers = [
+            _append(buffer, self.length, new, room_is_free)
+            for buffer, new in ((self.key_buffer, keys), (self.value_buffer, values))
+        ]
+        filled = self.filled if buffers[0] is self.key_buffer else [total]
+        filled[0] = total
+        return State(buffers[0], buffers[1], total, filled)
 
 
-def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
-    """``buffer`` with ``new`` written at ``length``, in place if no graph needs what was there."""
+def _append(buffer: Tensor, length: int, new: Tensor, room_is_free: bool) -> Tensor:
+    """``buffer`` with ``new`` written at ``length``, in place if nobody else needs what is there."""
     used, total = buffer[:, :, :length], length + new.shape[2]
     if torch.is_grad_enabled():
         return torch.cat((used, new), dim=2)
     reusable = not buffer.requires_grad and buffer.is_inference() == torch.is_inference_mode_enabled()
-    if total > buffer.shape[2] or not reusable:
+    if total > buffer.shape[2] or not reusable or not room_is_free:
         # A quarter more room each time: copies stay rare, and little of a long cache lies idle.
         room = max(total, length + length // 4)
         buffer = new.new_empty((*new.shape[:2], room, new.shape[3]))
