@@ -10,8 +10,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -24,6 +26,10 @@ class State(Protocol):
 
     def detach(self) -> Self:
         """The same state, cut off from the graph that computed it."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by name, for `SequenceLayer.state_from`: to save it or to move it."""
         ...
 
 
@@ -86,6 +92,10 @@ class SequenceLayer(nn.Module):
         """The state before the first token of ``batch_size`` sequences."""
         raise NotImplementedError
 
+    def state_from(self, tensors: dict[str, Tensor]) -> Any:
+        """The state that `State.tensors` took apart, on the device of this layer."""
+        raise NotImplementedError
+
     def cost(self, batch: int, seq: int) -> Cost:
         """The `Cost` of reading ``batch`` sequences of ``seq`` tokens in float32 from an empty state."""
         raise NotImplementedError
@@ -97,6 +107,24 @@ class SequenceLayer(nn.Module):
             raise ValueError(
                 f"x is {list(x.shape)} {x.dtype}; it must be [B, T, {width}] floating point, none of them 0"
             )
+
+
+def save_state(state: State, path: str | Path) -> None:
+    """Write ``state`` to a safetensors file."""
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.tensors().items()}, path)
+
+
+def load_state(layer: SequenceLayer, path: str | Path) -> Any:
+    """The state that `save_state` wrote, for a ``layer`` of the same settings; nothing is unpickled.
+
+    Raises:
+        ValueError: the file holds a state of another kind of layer.
+    """
+    tensors = load_file(path)
+    try:
+        return layer.state_from(tensors)
+    except KeyError as error:
+        raise ValueError(f"{path} holds no state of {type(layer).__name__}: it lacks {error}") from None
 
 
 def require_positive(settings: Any, *names: str) -> None:
@@ -135,7 +163,9 @@ __all__ = [
     "State",
     "detached",
     "linear_flops",
+    "load_state",
     "parameter_bytes",
     "require_positive",
+    "save_state",
     "tensor_bytes",
 ]

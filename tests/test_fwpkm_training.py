@@ -4,13 +4,16 @@ In float64 both compute the same sums in another order: 1e-10 of the largest gra
 """
 
 import itertools
+import math
 import random
 
 import pytest
 import torch
 from torch import Tensor
 
+from fwpkm_bench.kernels.product_key import product_topk
 from fwpkm_bench.layers.fwpkm import FwPKM, Settings, fwpkm
+from fwpkm_bench.layers.fwpkm.health import health
 from tests.test_fwpkm import AXES, GOLDEN, grid_id, random_inputs, run_golden
 
 INPUTS = ("query", "target", "gate", "keys", "values")
@@ -203,3 +206,33 @@ def test_a_compiled_model_is_the_model() -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x)[0], expected)
+
+
+def test_health_is_of_this_call() -> None:
+    layer = small_model()
+    y, out = layer.forward_detailed(torch.randn(2, 50, 16))
+    found = health(out, slots=64, gate=torch.full((2, 50), 0.25))
+    assert found["coverage"] == pytest.approx(len(out.indices.unique()) / 64)
+    assert found["collision_ratio"] == pytest.approx(1 - len(out.indices.unique()) / (2 * 50 * 3))
+    assert found["memory_loss"] == pytest.approx(float(out.losses.detach().mean()))
+    assert found["addressing_loss"] < 0  # the negative of an entropy
+    assert found["mean_gate"] == pytest.approx(0.25)
+    assert 0 < found["slot_kl"] < math.log(64)
+    assert y.shape == (2, 50, 16)
+
+
+def test_slot_numbers_do_not_overflow() -> None:
+    """At 65,536 sub-keys a half the last slot is 2^32 - 1, beyond int32."""
+    n = 65_536
+    scores = torch.tensor([[[3.0, 2.0], [5.0, 1.0]]])
+    subkeys = torch.tensor([[[n - 1, 7], [n - 1, 0]]])
+    best, slots, _ = product_topk(scores, subkeys, n)
+    assert slots.tolist() == [[n * n - 1, 7 * n + n - 1]]
+    assert best.tolist() == [[8.0, 7.0]]
+
+
+@pytest.mark.slow
+def test_the_copy_task_is_learned() -> None:
+    from examples.copy_task import train
+
+    assert train(60) > 0.9

@@ -127,3 +127,21 @@ def test_bad_inputs_are_refused_by_name():
     layer = LAYER(SMALL)
     with pytest.raises(ValueError, match="state is of 3 sequences, x of 2"):
         layer(torch.randn(2, 4, SMALL.width), layer.init_state(3))
+
+
+def test_sparse_gradients_are_the_dense_ones():
+    torch.manual_seed(0)
+    query, keys = torch.randn(20, 2, 8), torch.randn(2, 2, 12, 4)
+    tables = [torch.randn(144, 5, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab"]
+    for table, sparse in zip(tables, (False, True), strict=True):
+        pkm(query, keys, table, topk=3, sparse_grad=sparse)[0].square().sum().backward()
+    assert tables[1].grad.is_sparse
+    assert not tables[0].grad.is_sparse
+    torch.testing.assert_close(tables[1].grad.to_dense(), tables[0].grad)
+    assert tables[1].grad.coalesce().values().shape[0] < 144
+    before = tables[1].detach().clone()
+    torch.optim.SparseAdam([tables[1]], lr=0.1).step()
+    touched = tables[0].grad.abs().sum(1) > 0
+    assert ((tables[1].detach() - before).abs().sum(1) > 0).equal(touched)
+    with pytest.raises(ValueError, match="sparse_grad is of backend 'eager'"):
+        pkm(query, keys, tables[0], topk=3, backend="reference", sparse_grad=True)

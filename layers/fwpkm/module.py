@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Cost, SequenceLayer, linear_flops
+from . import reference
 from .core import FwPKMCore, initial_memory, memory_settings
 from .functional import FwPKMOutput, fwpkm, init_state
 from .settings import Settings
-from .state import FwPKMState
+from .state import EagerState, FwPKMState, ReferenceState
 
 GATES = 8  # outputs whose mean is the gate's logit
 SEGMENT = 2048  # tokens at a time where no gradient is wanted
@@ -53,6 +54,16 @@ class FwPKM(SequenceLayer):
     def init_state(self, batch_size: int) -> FwPKMState:
         settings = memory_settings(self.settings)
         return init_state(self.keys, self.values, batch_size, settings, self.backend)
+
+    def state_from(self, tensors: dict[str, Tensor]) -> FwPKMState:
+        """The state that `FwPKMState.tensors` took apart; the initial table is this layer's ``values``."""
+        settings = memory_settings(self.settings)
+        if "slots" not in tensors:
+            parts = (tensors[name].to(self.keys.device) for name in reference.Memory.__dataclass_fields__)
+            return ReferenceState([reference.Memory(*p) for p in zip(*parts, strict=True)], settings)
+        state = EagerState(self.keys, self.values, len(tensors["query"]), settings)
+        state.fill(tensors)
+        return state
 
     def forward(self, x: Tensor, state: FwPKMState | None = None) -> tuple[Tensor, FwPKMState]:
         """Read ``x [B, T, D]`` and write the memory: ``y [B, T, D]`` and the state to go on with.

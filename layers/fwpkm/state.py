@@ -44,6 +44,10 @@ class FwPKMState(Protocol):
         """A copy to come back to."""
         ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds but for the initial table, by name."""
+        ...
+
     def detach(self) -> Self:
         """The same state, cut off from the graph that computed it; this one is used up."""
         ...
@@ -60,6 +64,10 @@ class ReferenceState:
         self.pending_tokens = memories[0].target.shape[1]
         self.key_shape = memories[0].keys.shape
         self.value_shape = memories[0].values.shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("keys", "values", "query", "gate", "target")
+        return {name: torch.stack([getattr(m, name) for m in self.memories]) for name in names}
 
     def reserve(self, tokens: int) -> None:
         """Nothing: the tables are whole."""
@@ -120,6 +128,29 @@ class EagerState:
         self._query = keys.new_empty((batch, 0, keys.shape[0] * 2 * keys.shape[-1]))  # the carried ones first
         self._gate = keys.new_empty((batch, 0))
         self._target = keys.new_empty((batch, 0, values.shape[1]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        query, gate, target = self.pending()
+        slots = (self.row_of_slot >= 0).nonzero().squeeze(-1)
+        rows = self.rows[self.row_of_slot[slots].long()]
+        return {
+            "keys": self.keys,
+            "slots": slots,
+            "rows": rows,
+            "query": query,
+            "gate": gate,
+            "target": target,
+        }
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` took apart; this state must be new."""
+        device = self.keys.device
+        slots, self.rows, self.keys = (tensors[name].to(device) for name in ("slots", "rows", "keys"))
+        self.rows_are_shared, self.used_rows = True, len(slots)
+        self.row_of_slot[slots] = torch.arange(len(slots), dtype=torch.int32, device=device)
+        query, gate, target = (tensors[name].to(device) for name in ("query", "gate", "target"))
+        self.pending_tokens, self.carried = target.shape[1], query.shape[1] - target.shape[1]
+        self.set_pending(query, gate, target)
 
     @property
     def heads(self) -> int:

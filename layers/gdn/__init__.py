@@ -114,6 +114,10 @@ class GatedDeltaNet(SequenceLayer):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return State(weight.new_zeros((batch_size, heads, head_dim, head_dim), dtype=dtype))
 
+    def state_from(self, tensors: dict[str, Tensor]) -> State:
+        """The state that `State.tensors` took apart."""
+        return State(tensors["memory"].to(self.out.weight.device))
+
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``x [B, T, D]`` to ``y [B, T, D]`` and the state to go on with.
 

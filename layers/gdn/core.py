@@ -25,6 +25,10 @@ class State:
         """The bytes of the memory; they do not grow with the sequence."""
         return tensor_bytes(self.memory)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The memory."""
+        return {"memory": self.memory}
+
     def detach(self) -> "State":
         """The same state, cut off from the graph that computed it."""
         return detached(self)

@@ -93,6 +93,11 @@ class LinearAttention(SequenceLayer):
         memory = weight.new_zeros((batch_size, heads, head_dim, head_dim), dtype=dtype)
         return LinearState(memory, weight.new_zeros((batch_size, heads, head_dim), dtype=dtype))
 
+    def state_from(self, tensors: dict[str, Tensor]) -> LinearState:
+        """The state that `State.tensors` took apart."""
+        device = self.out.weight.device
+        return LinearState(tensors["memory"].to(device), tensors["normaliser"].to(device))
+
     def forward(self, x: Tensor, state: LinearState | None = None) -> tuple[Tensor, LinearState]:
         """``x [B, T, D]`` to ``y [B, T, D]`` and the state to go on with.
 

@@ -32,6 +32,10 @@ class LinearState:
         """The bytes of both sums; they do not grow with the sequence."""
         return tensor_bytes(self.memory, self.normaliser)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Both sums."""
+        return {"memory": self.memory, "normaliser": self.normaliser}
+
     def detach(self) -> "LinearState":
         """The same state, cut off from the graph that computed it."""
         return detached(self)

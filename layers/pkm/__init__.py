@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
+from . import eager
 from .core import IMPLEMENTATIONS, Core, State, draw_tables
 
 SEGMENT = 2048  # tokens read at a time where no gradient is wanted: bounds the memory of a long prefill
@@ -20,7 +21,8 @@ SEGMENT = 2048  # tokens read at a time where no gradient is wanted: bounds the 
 @dataclass(frozen=True)
 class Settings:
     """``heads`` heads, each with its own ``2 * n_subkeys`` sub-keys and its own ``topk`` reads from one table
-    of ``n_subkeys**2`` values; ``key_dim`` is that of one head's query, two halves together."""
+    of ``n_subkeys**2`` values; ``key_dim`` is that of one head's query, two halves together.
+    ``sparse_grad`` gives the table a sparse gradient, for ``torch.optim.SparseAdam``."""
 
     width: int = 256
     heads: int = 4
@@ -28,6 +30,7 @@ class Settings:
     topk: int = 32
     key_dim: int = 128
     value_dim: int = 256
+    sparse_grad: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "heads", "n_subkeys", "topk", "key_dim", "value_dim")
@@ -40,7 +43,13 @@ class Settings:
 
 
 def pkm(
-    query: Tensor, keys: Tensor, values: Tensor, *, topk: int, backend: str = "eager"
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    topk: int,
+    backend: str = "eager",
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read the best ``topk`` of n*n slots for each token and head; heads are summed (arXiv 1907.05242,
     section 3.2; dot-product scores, softmax per head).
@@ -51,6 +60,8 @@ def pkm(
         values: ``[n*n, value_dim]``; slot ``i1 * n + i2`` belongs to sub-keys i1 and i2 of the two halves.
         topk: slots read per token and head, at most n.
         backend: "eager" or "reference".
+        sparse_grad: give ``values`` a sparse gradient of the rows that were read, for
+            ``torch.optim.SparseAdam``; of backend "eager" alone.
 
     Returns:
         The output ``[N, value_dim]``, the slots ``[N, H, k]`` int64, best first, and their weights.
@@ -71,7 +82,11 @@ def pkm(
         raise ValueError(f"values is {list(values.shape)}; for {n} sub-keys it must be [{n * n}, value_dim]")
     if not 1 <= topk <= n:
         raise ValueError(f"topk must be at least 1 and at most the number of sub-keys, got {topk} and {n}")
-    return IMPLEMENTATIONS[backend](query, keys, values, topk)
+    if not sparse_grad:
+        return IMPLEMENTATIONS[backend](query, keys, values, topk)
+    if backend != "eager":
+        raise ValueError(f"sparse_grad is of backend 'eager' alone, got backend {backend!r}")
+    return eager.pkm(query, keys, values, topk, sparse_grad=True)
 
 
 class ProductKeyMemory(SequenceLayer):
@@ -97,6 +112,10 @@ class ProductKeyMemory(SequenceLayer):
         """A state of no bytes: each token is read alone."""
         return State(batch_size)
 
+    def state_from(self, tensors: dict[str, Tensor]) -> State:
+        """The state that `State.tensors` took apart."""
+        return State(int(tensors["batch_size"]))
+
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``x [B, T, D]`` to ``y [B, T, D]`` and the state to go on with.
 
@@ -119,7 +138,14 @@ class ProductKeyMemory(SequenceLayer):
 
     def _piece(self, tokens: Tensor) -> Tensor:
         query = self.query_norm(self.query(tokens).unflatten(-1, (self.settings.heads, -1)))
-        read, _, _ = pkm(query, self.keys, self.values, topk=self.settings.topk, backend=self.backend)
+        read, _, _ = pkm(
+            query,
+            self.keys,
+            self.values,
+            topk=self.settings.topk,
+            backend=self.backend,
+            sparse_grad=self.settings.sparse_grad,
+        )
         return self.out(read * F.silu(self.swish(tokens)))
 
     def cost(self, batch: int, seq: int) -> Cost:

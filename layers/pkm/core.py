@@ -23,6 +23,10 @@ class State:
         """0."""
         return 0
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The number of sequences."""
+        return {"batch_size": torch.tensor(self.batch_size)}
+
     def detach(self) -> "State":
         """The same state."""
         return State(self.batch_size)

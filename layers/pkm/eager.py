@@ -12,11 +12,19 @@ from fwpkm_bench.kernels.product_key import product_topk
 BLOCK = 256  # tokens whose scores exist at a time: 4 MiB at 4 heads of 2 * 512 sub-keys
 
 
-def pkm(query: Tensor, keys: Tensor, values: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+def pkm(
+    query: Tensor, keys: Tensor, values: Tensor, topk: int, sparse_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """One read for all tokens: each read of its own would add a dense gradient of all values."""
     blocks = [_address(block, keys, topk) for block in query.split(BLOCK)]
     indices, weights = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    output = F.embedding_bag(indices.flatten(1), values, per_sample_weights=weights.flatten(1), mode="sum")
+    output = F.embedding_bag(
+        indices.flatten(1),
+        values,
+        per_sample_weights=weights.flatten(1),
+        mode="sum",
+        sparse=sparse_grad and values.requires_grad,
+    )
     return output, indices, weights
 
 

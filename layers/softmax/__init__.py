@@ -83,6 +83,11 @@ class SoftmaxAttention(SequenceLayer):
         shape = (batch_size, self.settings.kv_heads, 0, self.settings.head_dim)
         return State(self.out.weight.new_empty(shape), self.out.weight.new_empty(shape), 0)
 
+    def state_from(self, tensors: dict[str, Tensor]) -> State:
+        """The cache that `State.tensors` took apart."""
+        keys, values = (tensors[name].to(self.out.weight.device) for name in ("keys", "values"))
+        return State(keys, values, keys.shape[2], [keys.shape[2]])
+
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``x [B, T, D]`` to ``y [B, T, D]`` and the state to go on with.
 

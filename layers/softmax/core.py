@@ -46,6 +46,10 @@ class State:
         """The same state, cut off from the graph that computed it."""
         return detached(self)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The keys and values so far."""
+        return {"keys": self.keys, "values": self.values}
+
     def append(self, keys: Tensor, values: Tensor) -> "State":
         """The state with ``keys [B, G, T, Dk]`` and ``values [B, G, T, Dv]`` behind those it has."""
         room_is_free = self.filled[0] == self.length
