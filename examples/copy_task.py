@@ -91,4 +91,6 @@ def train(steps: int, seed: int = 0) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    print(f"accuracy on unseen sequences: {train(parser.parse_args().steps):.3f} (chance {1 / VOCABULARY:.3f})")
+    print(
+        f"accuracy on unseen sequences: {train(parser.parse_args().steps):.3f} (chance {1 / VOCABULARY:.3f})"
+    )

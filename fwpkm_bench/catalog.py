@@ -1,6 +1,6 @@
 """Names of layers and workloads, found by looking: folders, files and entry points.
 
-Listing names imports nothing; only `load_layer` and `load_workload` run the code that they name.
+Listing names imports nothing heavy; only `load_layer` and `load_workload` run the code that they name.
 """
 
 import importlib
@@ -13,8 +13,11 @@ from typing import Any
 
 import fwpkm_bench
 from fwpkm_bench.errors import UsageError, choose
+from fwpkm_bench.layers.peers import PEERS, absence
 
 ENTRY_POINTS = "fwpkm_bench.layers"
+PEERS_FOLDER = "peers"
+PEER = "peer:"  # what the names of other people's implementations start with
 
 
 def folder(name: str) -> Path:
@@ -27,8 +30,38 @@ def folder(name: str) -> Path:
 
 def layer_names() -> list[str]:
     """The layers of this package and of installed entry points, sorted."""
-    own = [p.parent.name for p in folder("layers").glob("*/__init__.py")]
+    own = {p.parent.name for p in folder("layers").glob("*/__init__.py")} - {PEERS_FOLDER}
     return sorted({*own, *_entry_points()})
+
+
+def peer_names() -> list[str]:
+    """Other people's implementations, ``peer:...``, present or not."""
+    return list(PEERS)
+
+
+def peer_absence(name: str) -> str:
+    """Why the peer ``name`` cannot run here, with the command that would mend that; empty where it can."""
+    return absence(name)
+
+
+def peer_of(name: str) -> str | None:
+    """The layer of ours that the peer ``name`` is held against; None for what is no peer."""
+    return PEERS[name].layer if name in PEERS else None
+
+
+def is_file(name: str) -> bool:
+    """Whether ``name`` is meant as ``path/to/file.py:Class``."""
+    return ":" in name and not name.startswith(PEER)
+
+
+def check_layer(name: str) -> None:
+    """Refuse a name that no layer or peer has; a file is looked at when it is loaded.
+
+    Raises:
+        UsageError: with the nearest name.
+    """
+    if not is_file(name):
+        choose("layer", name, peer_names() if name.startswith(PEER) else layer_names())
 
 
 def workload_names() -> list[str]:
@@ -42,11 +75,17 @@ def sweep_files() -> dict[str, Path]:
 
 
 def load_layer(name: str) -> Any:
-    """The `SequenceLayer` class called ``name``, or the one that ``path/to/file.py:Class`` names."""
-    if ":" in name:
+    """The `SequenceLayer` class called ``name``, or the one that ``path/to/file.py:Class`` names.
+
+    The class of an absent peer loads too; making a layer of it raises `NotImplementedError`.
+    """
+    if is_file(name):
         return _load_from_file(name)
+    check_layer(name)
+    if name in PEERS:
+        module = importlib.import_module(f"fwpkm_bench.layers.{PEERS_FOLDER}.{PEERS[name].module}")
+        return getattr(module, PEERS[name].class_name)
     points = _entry_points()
-    choose("layer", name, layer_names())
     if name in points:
         return points[name].load()
     return importlib.import_module(f"fwpkm_bench.layers.{name}").LAYER

@@ -39,6 +39,9 @@ class OneLineErrors(click.Group):
         kwargs["standalone_mode"] = False
         try:
             result = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
         except click.ClickException as error:
             click.echo(f"fwpkm-bench: {error.format_message()} (see fwpkm-bench --help)", err=True)
             sys.exit(2)
@@ -73,7 +76,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     names = _names(ctx, option, value)
     if names is None:
         return None
-    bad = [n for n in names if not n.isdigit()]
+    bad = [n for n in names if not (n.isascii() and n.isdecimal() and int(n) < 2**63)]
     if bad:
         raise UsageError(f"--{option.name} takes whole numbers such as 1,8; {bad[0]!r} is none")
     return tuple(int(n) for n in names)
@@ -88,7 +91,9 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     "--layers", "--layer", callback=_names, metavar="NAMES", help="Which layers, or path/to/file.py:Class."
 )
 @click.option("--workloads", callback=_names, metavar="NAMES", help="throughput, recall (default: both).")
-@click.option("--modes", callback=_names, metavar="NAMES", help="Of throughput: prefill.")
+@click.option(
+    "--modes", callback=_names, metavar="NAMES", help="Of throughput: prefill (default), train, decode."
+)
 @click.option("--batch", callback=_numbers, metavar="N[,N...]", help="Sequences at a time (default 1).")
 @click.option(
     "--dtype", callback=_names, metavar="NAMES", help="float32 (default), bfloat16, float16, float64."
@@ -110,6 +115,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 )
 @click.option("--name", help="Name of the run folder under results/.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder itself.")
+@click.option("--retry", is_flag=True, help="When going on with a run: the cases that failed, once more.")
 @click.option("--dry-run", is_flag=True, help="Say what would run, and run nothing.")
 def sweep(
     file: str | None,
@@ -117,6 +123,7 @@ def sweep(
     settings: tuple[str, ...],
     out: Path | None,
     dry_run: bool,
+    retry: bool,
     **flags: Any,
 ) -> None:
     """Measure layers over sequence lengths; running it again finishes what is missing.
@@ -132,8 +139,10 @@ def sweep(
     if seq is not None:
         fields["seq"] = parse_lengths(seq)
     if settings:
-        fields["settings"] = {**fields.get("settings", {}), **dict(map(spec.parse_setting, settings))}
+        fields["settings"] = fields.get("settings", {}) | spec.parse_settings(settings)
     asked = spec.Sweep(**fields)
+    if out is not None and not str(out).strip("."):
+        raise UsageError("--out must name a folder, such as results/mine")
     out = out or Path("results") / asked.folder_name
     if dry_run:
         planned = runner.plan(asked)
@@ -141,7 +150,7 @@ def sweep(
             click.echo(case.case_id)
         click.echo(f"{len(planned)} cases, to {out}; nothing was run")
         return
-    _run_sweep(asked, out)
+    _run_sweep(asked, out, retry)
 
 
 def _sweep_file(name: str) -> Path:
@@ -154,7 +163,7 @@ def _sweep_file(name: str) -> Path:
     return files[choose("sweep", name, files)]
 
 
-def _run_sweep(asked: Any, out: Path) -> None:
+def _run_sweep(asked: Any, out: Path, retry: bool) -> None:
     from fwpkm_bench import run as runner
     from fwpkm_bench.display import Display
 
@@ -162,11 +171,18 @@ def _run_sweep(asked: Any, out: Path) -> None:
     _interrupt_on(signal.SIGTERM)
     try:
         with Display() as display:
-            runner.run(asked, out, command, display.show)
+            runner.run(asked, out, command, display.show, retry=retry)
     except KeyboardInterrupt:
         click.echo(f"\ninterrupted; {out} is whole. To finish it: {command}", err=True)
         sys.exit(130)
-    _report(out)
+    frame = _report(out)
+    failed = frame[frame["status"] != "ok"]
+    if len(failed):
+        counts = ", ".join(f"{n} {status}" for status, n in failed["status"].value_counts().items())
+        click.echo(
+            f"{len(failed)} of {len(frame)} cases failed ({counts}); --retry runs them again", err=True
+        )
+    sys.exit(1 if len(failed) == len(frame) else 0)
 
 
 def _interrupt_on(number: int) -> None:
@@ -176,20 +192,20 @@ def _interrupt_on(number: int) -> None:
     signal.signal(number, interrupt)
 
 
-def _report(out: Path) -> None:
-    """Draw, write and print what a run folder holds."""
+def _report(out: Path) -> Any:
+    """Draw, write and print what a run folder holds; returns the rows."""
     from fwpkm_bench import plot, report, tables
 
     frame, short = tables.write_tables(out)
-    plot.draw_all(frame, short, out / "plots")
+    drawn = plot.draw_all(frame, short, out / "plots")
     report.write(out, frame, short)
     report.print_summary(short)
-    for what, file in (
-        ("table", "summary.csv"),
-        ("picture", "plots/overview.png"),
-        ("report", "report.html"),
-    ):
-        click.echo(f"{what:<8} {out / file}")
+    click.echo(f"table    {out / 'summary.csv'}")
+    for picture in drawn:
+        if picture.stem.startswith("overview"):
+            click.echo(f"picture  {picture}")
+    click.echo(f"report   {out / 'report.html'}")
+    return frame
 
 
 @main.command()
@@ -224,7 +240,7 @@ def _existing_run(path: Path) -> Path:
 
 @main.command("list")
 def list_command() -> None:
-    """List layers, workloads and the sweeps that come with the package."""
+    """List layers, workloads, the sweeps that come with the package, and other people's layers."""
     from fwpkm_bench import catalog
 
     groups: dict[str, Callable[[], Any]] = {
@@ -234,6 +250,9 @@ def list_command() -> None:
     }
     for title, names in groups.items():
         click.echo(f"{title:<10} {' '.join(names())}")
+    for number, name in enumerate(catalog.peer_names()):
+        said = catalog.peer_absence(name) or "installed"
+        click.echo(f"{'' if number else 'peers':<10} {name:<22} {said}")
 
 
 @main.command()

@@ -1,31 +1,34 @@
-"""The pictures, drawn from rows alone: one colour a layer everywhere."""
+"""The pictures, drawn from rows alone."""
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from fwpkm_bench.tables import labels, length_name
+from fwpkm_bench.palette import STYLE, marker_of, styled
+from fwpkm_bench.tables import length_name
 
 mpl.use("Agg")
 
-LAYERS = ("softmax", "linear", "gdn", "pkm", "fwpkm")  # their colours never change; others follow
-DASHES = ("-", "--", ":", "-.")
-MARKERS = "os^Dv"
+TITLES = {"train": "Speed of training: forward and backward", "decode": "Speed of decoding"}
 DPI = 160
 TRADE_OFF_LENGTHS = 3
 SMALLEST_MARK, LARGEST_MARK = 40.0, 900.0
 
+LABEL_HEIGHT = 0.15  # in recall
 LABEL_WIDTH = 2.2  # as a ratio of speeds: labels closer than this stand in two rows
+MOST_NAMED, LONGEST_NAMED = 7, 12  # more or longer labels stand in a legend, not beside their marks
 
-Panel = Callable[[Axes, pd.DataFrame], None]
+Place: TypeAlias = Literal["outside lower center", "outside upper center"]
+Panel: TypeAlias = Callable[[Axes, pd.DataFrame], None]
 
 
 def draw_all(frame: pd.DataFrame, short: pd.DataFrame, folder: Path) -> list[Path]:
@@ -33,38 +36,64 @@ def draw_all(frame: pd.DataFrame, short: pd.DataFrame, folder: Path) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     sns.set_theme(style="whitegrid", context="notebook", rc={"svg.hashsalt": "fwpkm-bench"})
     drawn: list[Path] = []
-    has_speed = "tokens_per_s" in short and short["tokens_per_s"].notna().any()
-    has_recall = "recall" in short and short["recall"].notna().any()
-    for mode, rows in _modes(short):
-        suffix = "" if mode in ("", "prefill") else f"_{mode}"
-        panels: list[tuple[str, Panel]] = []
+    for mode, rows in by_mode(short):
+        rows = styled(rows)
+        suffix = picture_suffix(mode)
+        has_speed, has_recall = (
+            name in rows and bool(rows[name].notna().any()) for name in ("tokens_per_s", "recall")
+        )
+        panels: dict[str, Panel] = {}
         if has_speed:
-            panels += [("tokens_per_s", draw_speed), ("memory", draw_memory), ("state", draw_state)]
-        if has_recall and not suffix:
-            panels += [("recall", draw_recall)]
-        for name, panel in panels:
-            drawn.append(_save(_single(rows, panel), folder / f"{name}{suffix}"))
+            panels |= {"tokens_per_s": draw_speed, "memory": draw_memory, "state": draw_state}
+        if has_recall and not any(path.stem == "recall" for path in drawn):  # it is the same in every mode
+            panels |= {"recall": draw_recall}
+        for name, panel in panels.items():
+            where = name if name == "recall" else name + suffix
+            drawn.append(_save(_row_of((panel,), rows), folder / where))
         if has_speed and has_recall:
-            drawn.append(_save(_overview(rows), folder / f"overview{suffix}"))
-            drawn.append(_save(_trade_off(rows), folder / f"tradeoff{suffix}"))
+            three = (draw_speed, draw_memory, draw_recall)
+            drawn.append(_save(_row_of(three, rows), folder / f"overview{suffix}"))
+            if (rows["tokens_per_s"].notna() & rows["recall"].notna()).any():
+                drawn.append(_save(_trade_off(rows), folder / f"tradeoff{suffix}"))
         elif panels:
-            drawn.append(_save(_row_of([p for _, p in panels], rows), folder / f"overview{suffix}"))
-    if has_recall:
+            drawn.append(_save(_row_of(panels.values(), rows), folder / f"overview{suffix}"))
+    if any(path.stem == "recall" for path in drawn):
         drawn.append(_save(_by_age(frame), folder / "recall_by_age"))
     return drawn
+
+
+def by_mode(short: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each mode; rows without one (recall alone) go with every mode."""
+    if "mode" not in short or short["mode"].dropna().empty:
+        return [("", short)]
+    return [
+        (str(m), short[(short["mode"] == m) | short["mode"].isna()]) for m in short["mode"].dropna().unique()
+    ]
+
+
+def picture_suffix(mode: str) -> str:
+    """What the file names of the pictures of ``mode`` end in: nothing for the usual one."""
+    return "" if mode in ("", "prefill") else f"_{mode}"
 
 
 def draw_speed(axes: Axes, rows: pd.DataFrame) -> None:
     """Tokens a second against length, both logarithmic, with the interval of the median."""
     _lines(axes, rows, "tokens_per_s", low="tokens_per_s_lo", high="tokens_per_s_hi")
-    axes.set(yscale="log", ylabel="tokens / s", title="Speed")
+    axes.set(yscale="log", ylabel="tokens / s", title=TITLES.get(_mode(rows), "Speed"))
+    _plain_numbers(axes.yaxis)
+    if _mode(rows) == "decode" and rows["batch"].nunique() == 1:
+        batch = int(rows["batch"].dropna().iloc[0])
+        mirror = axes.secondary_yaxis("right", functions=(lambda v: _over(1e3 * batch, v),) * 2)
+        mirror.set_ylabel("ms a token")
+        _plain_numbers(mirror.yaxis)
 
 
 def draw_memory(axes: Axes, rows: pd.DataFrame) -> None:
-    """Peak memory above weights and inputs against length."""
-    _lines(axes, rows, "peak_memory_bytes")
+    """Peak memory above weights and inputs (decoding: and the state) against length."""
+    _lines(axes, rows[rows["peak_memory_bytes"].fillna(0) > 0], "peak_memory_bytes")
     _byte_axis(axes)
-    axes.set(ylabel="peak memory above weights and inputs", title="Memory")
+    above = "weights and state" if _mode(rows) == "decode" else "weights and inputs"
+    axes.set(ylabel=f"peak memory above {above}", title="Memory")
 
 
 def draw_state(axes: Axes, rows: pd.DataFrame) -> None:
@@ -83,24 +112,19 @@ def draw_recall(axes: Axes, rows: pd.DataFrame) -> None:
 
 def _lines(axes: Axes, rows: pd.DataFrame, column: str, *, low: str = "", high: str = "") -> None:
     rows = rows[rows[column].notna()]
-    dashes: dict[str, itertools.cycle[str]] = {}
-    for label, line in rows.groupby(labels(rows), sort=False):
-        layer = str(line["layer"].iloc[0])
-        style = next(dashes.setdefault(layer, itertools.cycle(DASHES)))
+    for rank, (label, line) in enumerate(rows.groupby("label", sort=False)):
+        layer, colour, dash, width = (line[name].iloc[0] for name in ("layer", *STYLE))
         line = line.sort_values("seq")
         x, y = (line[name].astype(float).to_numpy() for name in ("seq", column))
-        colour = colour_of(layer)
-        # The thick line lies below the thin ones, so that both show where they meet.
-        own = layer == "fwpkm"
         axes.plot(
             x,
             y,
-            style,
+            linestyle=dash,
             color=colour,
-            marker=_marker(layer),
-            markersize=9 if own else 5.5,
-            linewidth=4 if own else 1.8,
-            zorder=2.1 if own else 2.5,
+            marker=marker_of(layer),
+            markersize=4 + 1.25 * width,
+            linewidth=width,
+            zorder=2.5 - width / 10 + rank / 1000,  # thick lines lie below thin ones
             label=label,
         )
         if low:
@@ -111,21 +135,21 @@ def _lines(axes: Axes, rows: pd.DataFrame, column: str, *, low: str = "", high: 
     axes.set_xticks([float(n) for n in lengths][:: 1 + len(lengths) // 9])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: length_name(int(n))))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("sequence length (tokens)")
+    decode = _mode(rows) == "decode"
+    axes.set_xlabel("context (tokens)" if decode else "sequence length (tokens)")
 
 
-def colour_of(layer: str) -> tuple[float, float, float]:
-    """The colour of a layer, from a palette that colour-blind people can tell apart."""
-    palette = sns.color_palette("colorblind", 10)
-    order = [0, 2, 1, 7, 3]  # blue, green, orange, grey, and vermilion for the memory this project is about
-    if layer in LAYERS:
-        return palette[order[LAYERS.index(layer)]]
-    others = [i for i in range(10) if i not in order]
-    return palette[others[sum(map(ord, layer)) % len(others)]]
+def _mode(rows: pd.DataFrame) -> str:
+    """The mode that all of ``rows`` have, as far as they have one."""
+    if "mode" not in rows or rows["mode"].dropna().empty:
+        return ""
+    return str(rows["mode"].dropna().iloc[0])
 
 
-def _marker(layer: str) -> str:
-    return MARKERS[LAYERS.index(layer)] if layer in LAYERS else "P"
+def _over(number: float, values: Any) -> Any:
+    """``number / values``, infinity for 0; its own inverse."""
+    with np.errstate(divide="ignore"):
+        return number / np.asarray(values, dtype=float)
 
 
 def _byte_axis(axes: Axes) -> None:
@@ -137,6 +161,13 @@ def _byte_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
+def _plain_numbers(axis: Axis) -> None:
+    """Of a logarithmic axis: 1, 2, 5, 10 ... rather than powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+
+
 def byte_name(count: float) -> str:
     """``1048576`` as ``1 MiB``."""
     for unit in ("B", "KiB", "MiB"):
@@ -146,41 +177,24 @@ def byte_name(count: float) -> str:
     return f"{count:.3g} GiB"
 
 
-def _modes(short: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each mode; rows without one (recall alone) go with every mode."""
-    if "mode" not in short or short["mode"].dropna().empty:
-        return [("", short)]
-    return [
-        (str(m), short[(short["mode"] == m) | short["mode"].isna()]) for m in short["mode"].dropna().unique()
-    ]
-
-
-def _single(rows: pd.DataFrame, panel: Panel) -> Figure:
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    panel(axes, rows)
-    axes.legend(frameon=True)
-    return figure
-
-
-def _overview(rows: pd.DataFrame) -> Figure:
-    return _row_of([draw_speed, draw_memory, draw_recall], rows)
-
-
-def _row_of(panels: list[Panel], rows: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(4.6 * len(panels), 4.7), layout="constrained")
+def _row_of(panels: Collection[Panel], rows: pd.DataFrame) -> Figure:
+    """The panels side by side, with one legend below them."""
+    width = max(6.4, 4.6 * len(panels))
+    figure = Figure(figsize=(width, 4.7), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
         panel(axes, rows)
-    handles = {label: h for axes in grid for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(6, len(handles)),
-        frameon=False,
-    )
+    _legend(figure, grid, "outside lower center", width)
     return figure
+
+
+def _legend(figure: Figure, grid: Iterable[Axes], where: Place, width: float) -> None:
+    """One legend for all of ``grid``, in as many columns as fit into ``width`` inches."""
+    handles = {label: h for axes in grid for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    longest = max(map(len, handles), default=0)
+    columns = max(1, min(6, len(handles), int(width / (0.65 + 0.09 * longest))))
+    figure.set_figheight(figure.get_figheight() + 0.25 * (-(-len(handles) // columns) - 1))
+    figure.legend(handles.values(), handles.keys(), loc=where, ncols=columns, frameon=False)
 
 
 def _trade_off(rows: pd.DataFrame) -> Figure:
@@ -190,73 +204,84 @@ def _trade_off(rows: pd.DataFrame) -> Figure:
     shown = [
         lengths[i] for i in sorted({round(i) for i in np.linspace(0, len(lengths) - 1, TRADE_OFF_LENGTHS)})
     ]
-    figure = Figure(figsize=(4.6 * len(shown), 4.9), layout="constrained")
+    width = max(6.4, 4.6 * len(shown))
+    figure = Figure(figsize=(width, 4.9), layout="constrained")
     grid = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
-    names = labels(rows)
+    named = rows["label"].nunique() <= MOST_NAMED and rows["label"].str.len().max() <= LONGEST_NAMED
     state = rows["state_bytes"].astype(float)
-    largest = max(state.max(), 1.0)
+    spread = np.sqrt(state / max(state.max(), 1.0))
+    rows = rows.assign(area=SMALLEST_MARK + (LARGEST_MARK - SMALLEST_MARK) * spread)
     for axes, seq in zip(grid, shown, strict=True):
-        before: dict[bool, tuple[float, int]] = {}  # of labels at the top and bottom: speed and row
-        for index, row in rows[rows["seq"] == seq].sort_values("tokens_per_s").iterrows():
-            share = np.sqrt(float(row["state_bytes"]) / largest)
-            area = SMALLEST_MARK + (LARGEST_MARK - SMALLEST_MARK) * share
-            colour = colour_of(row["layer"])
-            axes.scatter(row["tokens_per_s"], row["recall"], s=area, color=colour, alpha=0.75, linewidth=0)
-            low = bool(row["recall"] < 0.5)
-            speed = float(row["tokens_per_s"])
-            last_speed, last_row = before.get(low, (0.0, 1))
-            level = 1 - last_row if speed < LABEL_WIDTH * last_speed else 0  # neighbours take turns
-            before[low] = speed, level
-            away = 9 + np.sqrt(area) / 2 + 30 * level
-            axes.annotate(
-                f"{names[index]}\n{byte_name(float(row['state_bytes']))}",
-                (row["tokens_per_s"], row["recall"]),
-                xytext=(0, away if low else -away),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if low else "top",
-                fontsize=9,
-                color=tuple(0.75 * c for c in colour),
-            )
+        here = rows[rows["seq"] == seq]
+        for _, row in here.sort_values("area", ascending=False).iterrows():
+            place = row["tokens_per_s"], row["recall"]
+            axes.scatter(*place, s=row["area"], color=row["colour"], alpha=0.75, linewidth=0)
+            if not named:
+                axes.plot([], [], "o", color=row["colour"], label=row["label"])
+        if named:
+            _name_marks(axes, here)
         axes.set(xscale="log", ylim=(-0.06, 1.08), title=f"{length_name(seq)} tokens", xlabel="tokens / s")
         axes.margins(x=0.25)
     grid[0].set_ylabel("recall")
     figure.suptitle("Recall against speed; the larger the mark, the more state must be carried", fontsize=12)
+    if not named:
+        _legend(figure, grid, "outside lower center", width)
     return figure
+
+
+def _name_marks(axes: Axes, rows: pd.DataFrame) -> None:
+    """Write label and state beside each mark, above those at the bottom and below those at the top."""
+    before: dict[bool, tuple[float, int]] = {}  # of labels at the top and bottom: speed and row
+    for _, row in rows.sort_values("tokens_per_s").iterrows():
+        low = bool(row["recall"] < 0.5)
+        speed = float(row["tokens_per_s"])
+        last_speed, last_row = before.get(low, (0.0, 1))
+        level = 1 - last_row if speed < LABEL_WIDTH * last_speed else 0  # neighbours take turns
+        before[low] = speed, level
+        away = 9 + np.sqrt(row["area"]) / 2 + 30 * level
+        near = rows["recall"][(rows["recall"] - row["recall"]).abs() < LABEL_HEIGHT]
+        axes.annotate(
+            f"{row['label']}\n{byte_name(float(row['state_bytes']))}",
+            (speed, near.max() if low else near.min()),  # beyond the marks of all neighbours
+            xytext=(0, away if low else -away),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if low else "top",
+            fontsize=9,
+            color=tuple(0.75 * c for c in row["colour"]),
+        )
 
 
 def _by_age(frame: pd.DataFrame) -> Figure:
     """Recall of each tenth of the pairs, newest first, one panel a length."""
-    rows = frame[(frame["workload"] == "recall") & frame["recall"].notna()].reset_index(drop=True)
+    rows = frame[(frame["workload"] == "recall") & frame["recall"].notna()]
+    rows = styled(rows)
     lengths = sorted(rows["seq"].unique())
     columns = min(3, len(lengths))
     lines = -(-len(lengths) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * lines + 0.6), layout="constrained")
+    width = max(6.4, 4.2 * columns)
+    figure = Figure(figsize=(width, 3.1 * lines + 0.6), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
     ages = [c for c in rows.columns if c.startswith("recall_age_")]
-    names = labels(rows)
+    tenths = np.arange(1, len(ages) + 1)
     for axes, seq in zip(grid, lengths, strict=False):
-        here = rows[rows["seq"] == seq]
-        for label, group in here.groupby(names[here.index], sort=False):
-            layer = group["layer"].iloc[0]
-            mean = group[ages].astype(float).mean()
-            tenths = np.arange(1, len(ages) + 1)
-            own = layer == "fwpkm"
+        for label, group in rows[rows["seq"] == seq].groupby("label", sort=False):
+            layer, colour, dash, line = (group[name].iloc[0] for name in ("layer", *STYLE))
             axes.plot(
                 tenths,
-                mean,
-                marker=_marker(layer),
-                color=colour_of(layer),
+                group[ages].astype(float).mean(),
+                linestyle=dash,
+                marker=marker_of(layer),
+                color=colour,
                 label=label,
-                markersize=8 if own else 5,
-                linewidth=3.5 if own else 1.5,
-                zorder=2.1 if own else 2.5,
+                markersize=4 + line,
+                linewidth=line,
+                zorder=2.5 - line / 10,
             )
         axes.set(title=f"{length_name(seq)} pairs", ylim=(-0.04, 1.06), xticks=range(1, len(ages) + 1))
     for axes in grid[len(lengths) :]:
         axes.set_visible(False)
-    handles, texts = grid[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=min(6, len(texts)), frameon=False)
+    _legend(figure, grid[: len(lengths)], "outside upper center", width)
     figure.supxlabel("age of the pair, in tenths of all pairs (1 = newest)", fontsize=11)
     figure.supylabel("recall", fontsize=11)
     return figure

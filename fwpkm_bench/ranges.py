@@ -5,9 +5,10 @@ import re
 from fwpkm_bench.errors import UsageError
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
-_LENGTH = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
+_LENGTH = re.compile(r"([0-9]{1,15})([km]?)", re.IGNORECASE)
 _RANGE = re.compile(r"(?P<first>[^.:*]+)\.\.(?P<last>[^.:*]+)(?:(?P<kind>[:*])(?P<step>[^.:*]+))?")
 _FORMS = "write 4096, 4k, 4k..128k (doubling), 1k..8k:1k (step) or 4k..1m*4 (factor)"
+LONGEST = 2**32
 _MOST = 10_000  # lengths in one range
 
 
@@ -58,10 +59,12 @@ def _parse_length(text: str) -> int:
     length = int(match[1]) * _UNITS[match[2].lower()]
     if length < 1:
         raise UsageError(f"the sequence length {text.strip()!r} must be at least 1; {_FORMS}")
+    if length > LONGEST:
+        raise UsageError(f"the sequence length {text.strip()!r} is beyond {format_length(LONGEST)}")
     return length
 
 
 def _parse_factor(text: str, part: str) -> int:
-    if not text.isdigit() or int(text) < 2:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 2:
         raise UsageError(f"the factor {text!r} in {part!r} must be a whole number of at least 2; {_FORMS}")
     return int(text)

@@ -9,11 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fwpkm_bench.plot import byte_name
+from fwpkm_bench.plot import by_mode, byte_name, picture_suffix
 from fwpkm_bench.store import read_run, write_atomically
-from fwpkm_bench.tables import labels, length_name
+from fwpkm_bench.tables import labels, length_name, ratios
 
 HEADINGS = ("layer", "tokens", "tokens/s", "95% interval", "peak memory", "state", "recall", "95% interval")
+RATIO_HEADINGS = (
+    *("ours", "theirs", "mode", "tokens", "tokens/s, ours / theirs", "interval"),
+    "peak memory, ours / theirs",
+)
 PICTURES = {
     "overview": "Speed, memory and recall against sequence length.",
     "tradeoff": "Recall against speed; the larger the mark, the more state must be carried.",
@@ -34,7 +38,7 @@ img {{ max-width: 100% }} code {{ background: #f3f3f3; padding: .1rem .3rem }}
 <h2>Table</h2>{table}
 <p>All columns: <a href="summary.csv">summary.csv</a>, <a href="table.csv">table.csv</a>.
 Tokens/s is the median; its interval and that of recall are 95%.
-Peak memory is above weights and inputs.</p>
+Peak memory is above weights and inputs, in decode also above the state.</p>
 </body></html>
 """
 
@@ -45,34 +49,68 @@ def write(out: Path, frame: pd.DataFrame, short: pd.DataFrame) -> None:
     title = f"fwpkm-bench: {run['sweep']['name'] or out.name}"
     machine = machine_line(run["environment"])
     headings, rows = headings_and_rows(short)
-    shown = [name for name in PICTURES if (out / "plots" / f"{name}.png").exists()]
+    shown = pictures_and_captions(out / "plots", short)
 
     lines = [f"# {title}", "", f"`{run['command']}`", "", machine, ""]
-    lines += [line for name in shown for line in (f"![{PICTURES[name]}](plots/{name}.png)", "")]
-    lines += ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines += [line for name, text in shown.items() for line in (f"![{text}](plots/{name}.png)", "")]
+    lines += markdown_table(headings, rows)
+    compared = ratio_headings_and_rows(ratios(short))
+    if compared[1]:
+        lines += ["", "## Against other implementations", "", *markdown_table(*compared)]
     write_atomically(out / "report.md", "\n".join(lines) + "\n")
 
     pictures = "\n".join(
-        f'<p><img src="plots/{name}.png" alt="{html.escape(PICTURES[name])}"></p>' for name in shown
+        f'<p><img src="plots/{name}.png" alt="{html.escape(text)}"></p>' for name, text in shown.items()
     )
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    tables = html_table(headings, rows)
+    if compared[1]:
+        tables += f"<h2>Against other implementations</h2>{html_table(*compared)}"
     page = PAGE.format(
         title=html.escape(title),
         command=html.escape(run["command"]),
         machine=html.escape(machine),
         pictures=pictures,
-        table=f"<table><tr>{head}</tr>{body}</table>",
+        table=tables,
     )
     write_atomically(out / "report.html", page)
 
 
+def pictures_and_captions(plots: Path, short: pd.DataFrame) -> dict[str, str]:
+    """The pictures of the folder ``plots`` that a report shows: of all modes, then those of each."""
+    modes = {picture_suffix(mode): mode for mode, _ in by_mode(short)}
+    found = {}
+    for suffix, mode in {"": "", **modes}.items():
+        for name, caption in PICTURES.items():
+            if (plots / f"{name}{suffix}.png").exists():
+                found[name + suffix] = f"{mode.capitalize()}. {caption}" if suffix else caption
+    return found
+
+
+def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def html_table(headings: list[str], rows: list[list[str]]) -> str:
+    """The same as a page shows it."""
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
 def print_summary(short: pd.DataFrame) -> None:
-    """The table on the screen."""
-    headings, rows = headings_and_rows(short)
+    """The table on the screen, and under it the ratios to the peers that were measured."""
+    _print_table(*headings_and_rows(short))
+    headings, rows = ratio_headings_and_rows(ratios(short))
+    if rows:
+        print()
+        _print_table(headings, rows)
+
+
+def _print_table(headings: list[str], rows: list[list[str]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")
@@ -98,6 +136,16 @@ def headings_and_rows(short: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             cells[2] = reason if cells[2] == "" else f"{cells[2]} ({reason})"
         rows.append(cells)
     return list(HEADINGS), rows
+
+
+def ratio_headings_and_rows(compared: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """`ratios` as text."""
+    rows = []
+    for _, row in compared.iterrows():
+        cells = [row["layer"], row["peer"], row["mode"], length_name(row["seq"])]
+        cells += [_ratio(row["tokens_per_s_ratio"]), _interval(row, "tokens_per_s_ratio", "{:,.3g}")]
+        rows.append([*cells, _ratio(row["peak_memory_ratio"])])
+    return list(RATIO_HEADINGS), rows
 
 
 def machine_line(environment: dict[str, Any]) -> str:
@@ -143,6 +191,10 @@ def _number(value: Any) -> str:
 
 def _bytes(value: Any) -> str:
     return "" if pd.isna(value) else byte_name(float(value))
+
+
+def _ratio(value: Any) -> str:
+    return "" if pd.isna(value) else f"{value:,.3g}"
 
 
 def _share(value: Any) -> str:

@@ -59,8 +59,13 @@ def check_device(sweep: Sweep) -> None:
             )
 
 
-def run(sweep: Sweep, out: Path, command: str, show: Callable[[Progress], None]) -> None:
-    """Run what is missing of ``sweep`` in the folder ``out``; its tables are true whenever this ends."""
+def run(
+    sweep: Sweep, out: Path, command: str, show: Callable[[Progress], None], *, retry: bool = False
+) -> None:
+    """Run what is missing of ``sweep`` in the folder ``out``; its tables are true whenever this ends.
+
+    ``retry``: the cases that failed count as missing.
+    """
     planned = plan(sweep)
     executor = LocalExecutor()
     with RunFolder(out, sweep.digest) as folder:
@@ -69,7 +74,8 @@ def run(sweep: Sweep, out: Path, command: str, show: Callable[[Progress], None])
         commit = (environment["git"] or {}).get("commit")
         try:
             written = 0.0
-            for record in _records(planned, folder.records, sweep.timeout_s, executor, show):
+            finished = [r for r in folder.records if r["status"] == "ok" or not retry]
+            for record in _records(planned, finished, sweep.timeout_s, executor, show):
                 folder.append({**record, "commit": commit})
                 if time.monotonic() - written > TABLE_EVERY_S:
                     write_tables(out)

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fwpkm_bench.ranges import format_length, parse_lengths
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda")
+LONGEST_S = 7 * 24 * 3600
 SIZES = ("laptop", "paper")
 LAYERS = ("softmax", "linear", "gdn", "pkm", "fwpkm")
 WORKLOADS = ("throughput", "recall")
@@ -50,7 +52,8 @@ class Case:
         """Readable, and unique to the settings."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
         what = self.mode or self.workload
-        layer = Path(self.layer.partition(":")[0]).stem if ".py:" in self.layer else self.layer
+        is_file = catalog.is_file(self.layer)
+        layer = Path(self.layer.rpartition(":")[0]).stem if is_file else self.layer.replace(":", "-")
         return f"{layer}-{self.backend}-{what}-{format_length(self.seq)}-{digest[:10]}"
 
     @property
@@ -92,8 +95,7 @@ class Sweep:
         if not self.seq or min(self.seq) < 1:
             raise UsageError("seq must name at least one length of at least 1, such as 4k..128k")
         for layer in self.layers:
-            if ":" not in layer:
-                choose("layer", layer, catalog.layer_names())
+            catalog.check_layer(layer)
         for workload in self.workloads:
             choose("workload", workload, catalog.workload_names())
         for dtype in self.dtype:
@@ -111,8 +113,17 @@ class Sweep:
         if min(self.seeds) < 0:
             raise UsageError(f"seeds must be at least 0, got {min(self.seeds)}")
         for name in ("budget_s", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= LONGEST_S:
+                raise UsageError(
+                    f"{name} must be above 0 and at most {LONGEST_S} s, got {getattr(self, name)}"
+                )
+        if self.name != Path(self.name).name or self.name.startswith("."):
+            raise UsageError(
+                f"name must be the name of a folder under results/, got {self.name!r}; see --out"
+            )
+        for name, values in self.settings.items():
+            if not values or not all(isinstance(v, (int, float, str)) for v in values):
+                raise UsageError(f"{name} must be a number, a string, true, false, or a list of such")
 
     @property
     def folder_name(self) -> str:
@@ -185,6 +196,14 @@ def parse_setting(text: str) -> tuple[str, tuple[Value, ...]]:
     return name.strip(), tuple(_parse_value(v.strip()) for v in values.split(","))
 
 
+def parse_settings(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:
+    """Several of `parse_setting`; values for one setting add up."""
+    found: dict[str, tuple[Value, ...]] = {}
+    for name, values in map(parse_setting, texts):
+        found[name] = found.get(name, ()) + values
+    return found
+
+
 def _parse_value(text: str) -> Value:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -219,13 +238,8 @@ def cases(sweep: Sweep) -> list[Case]:
         wanted = [mode for mode in workloads[workload].MODES if not mode or mode in sweep.modes]
         for mode, own, extra in itertools.product(
             wanted,
-            _variants(
-                sweep,
-                layer,
-                layers[layer].sizes.get(size) or layers[layer].Settings(),
-                layers[layer].Settings,
-            ),
-            _variants(sweep, workload, workloads[workload].Settings(), workloads[workload].Settings),
+            _variants(sweep, layer, layers[layer].sizes.get(size) or layers[layer].Settings()),
+            _variants(sweep, workload, workloads[workload].Settings()),
         ):
             case = Case(
                 layer=layer,
@@ -258,7 +272,7 @@ def _check_setting_names(sweep: Sweep, owners: dict[str, Any]) -> None:
         choose(f"setting of {owner}", setting, [f.name for f in dataclasses.fields(owners[owner].Settings)])
 
 
-def _variants(sweep: Sweep, owner: str, base: Any, kind: Any) -> list[dict[str, Value]]:
+def _variants(sweep: Sweep, owner: str, base: Any) -> list[dict[str, Value]]:
     """The resolved settings of ``owner``, one for each combination of the swept values."""
     swept = {
         full.rpartition(".")[2]: values
@@ -270,12 +284,21 @@ def _variants(sweep: Sweep, owner: str, base: Any, kind: Any) -> list[dict[str, 
         chosen = dict(zip(swept, combination, strict=True))
         for name, value in chosen.items():
             expected = type(getattr(base, name))
+            if expected is type(None):
+                continue
             if not isinstance(value, (int, float) if expected is float else expected) or (
                 isinstance(value, bool) and expected is not bool
             ):
                 raise UsageError(f"{owner}.{name} must be of type {expected.__name__}, got {value!r}")
         try:
-            variants.append(dataclasses.asdict(dataclasses.replace(base, **chosen)))
+            resolved = dataclasses.asdict(dataclasses.replace(base, **chosen))
         except ValueError as error:
             raise UsageError(f"{owner}.{error}") from None
+        for name, value in resolved.items():
+            if not isinstance(value, (int, float, str, type(None))):
+                kind = type(value).__name__
+                raise UsageError(
+                    f"{owner}.{name} is a {kind}; settings must be numbers, strings, true or false"
+                )
+        variants.append(resolved)
     return variants

@@ -15,6 +15,8 @@ RUN = "run.json"
 JOURNAL = "journal.jsonl"
 TORN = "journal.torn"
 LOCK = ".lock"
+RUN_KEYS = {"digest", "command", "sweep", "environment"}
+RECORD_KEYS = {"case_id", "case", "status", "reason", "columns", "elapsed_s"}
 
 
 class RunFolder:
@@ -41,7 +43,9 @@ class RunFolder:
         try:
             if not made:
                 self._check_content()
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(
+                timeout=0
+            )  # the file stays: removing it would let two processes hold two locks
         except filelock.Timeout:
             raise UsageError(
                 f"{self.path} is in use by another process; wait for it, or choose another --out"
@@ -55,7 +59,6 @@ class RunFolder:
     ) -> None:
         self._journal.close()
         self._lock.release()
-        (self.path / LOCK).unlink(missing_ok=True)
 
     def _check_content(self) -> None:
         if (self.path / RUN).exists():
@@ -84,10 +87,13 @@ class RunFolder:
 def read_run(path: Path) -> dict[str, Any]:
     """``run.json`` of the run folder ``path``."""
     try:
-        return json.loads((path / RUN).read_text(encoding="utf-8"))
+        run = json.loads((path / RUN).read_text(encoding="utf-8"))
+        if not set(run) >= RUN_KEYS:
+            raise ValueError(f"it lacks {', '.join(sorted(RUN_KEYS - set(run)))}")
+        return run
     except FileNotFoundError:
         raise UsageError(f"{path} is no run folder: it has no {RUN}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"cannot read {path / RUN}: {error}") from None
 
 
@@ -111,7 +117,9 @@ def read_journal(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+            if not set(record) >= RECORD_KEYS:
+                raise ValueError("not a record")
+        except (ValueError, TypeError):
             raise UsageError(
                 f"line {number} of {journal} is damaged; remove that line and run again"
             ) from None

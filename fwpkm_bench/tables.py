@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from fwpkm_bench import catalog
 from fwpkm_bench.ranges import format_length
 from fwpkm_bench.stats import wilson_interval
 from fwpkm_bench.store import read_journal, read_run, write_atomically
@@ -20,6 +21,11 @@ KEYS = ["layer", "backend", "seq", "dtype", "device"]  # what rows of all worklo
 SPEED = ["tokens_per_s", "tokens_per_s_lo", "tokens_per_s_hi", "peak_memory_bytes", "state_bytes"]
 RECALL = ["recall", "recall_lo", "recall_hi"]
 OTHER = "_of_recall"
+SAME = ["mode", "seq", "batch", "dtype", "device"]  # what a layer and its peer must have in common
+RATIOS = [
+    *("layer", "peer", *SAME, "tokens_per_s_ratio", "tokens_per_s_ratio_lo", "tokens_per_s_ratio_hi"),
+    "peak_memory_ratio",
+]
 
 
 def table(path: Path) -> pd.DataFrame:
@@ -30,7 +36,8 @@ def table(path: Path) -> pd.DataFrame:
     for name in COLUMNS:
         if name not in frame:
             frame[name] = None
-    order = {layer: i for i, layer in enumerate(read_run(path)["sweep"]["layers"])}
+    sweep = read_run(path)["sweep"]
+    order = {name: i for i, name in enumerate((*sweep["modes"], *sweep["layers"]))}
     settings = sorted(c for c in frame.columns if "." in c)
     others = [c for c in frame.columns if c not in COLUMNS and c not in settings]
     frame = frame[[*COLUMNS, *settings, *others]]
@@ -39,9 +46,7 @@ def table(path: Path) -> pd.DataFrame:
     keys = ["workload", "mode", "layer", "backend", "dtype", "batch", *settings, "seed", "seq"]
     # Whole numbers stay whole in a column with gaps.
     frame = frame.convert_dtypes()
-    return frame.sort_values(
-        keys, key=lambda c: c.map(order) if c.name == "layer" else c, kind="stable", na_position="first"
-    ).reset_index(drop=True)
+    return _sorted(frame, keys, order)
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -70,20 +75,57 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     ]
     varied = [c for c in merged.columns if "." in c]
     rest = [*SPEED, "samples", *RECALL, "cosine"]
-    order = {layer: i for i, layer in enumerate(frame["layer"].unique())}
+    order = {name: i for i, name in enumerate((*frame["mode"].unique(), *frame["layer"].unique()))}
     merged = merged[[*first, *(c for c in rest if c in merged), *varied]].convert_dtypes()
+    for name in (*SPEED, *RECALL, "cosine"):
+        if merged[name].isna().all():  # numbers still, such as the intervals where all were measured once
+            merged[name] = merged[name].astype("Float64")
     by = [c for c in ("mode", "layer", "backend", *varied, "batch", "dtype", "seq") if c in merged]
-    return merged.sort_values(
-        by, key=lambda c: c.map(order) if c.name == "layer" else c, kind="stable", na_position="first"
-    ).reset_index(drop=True)
+    return _sorted(merged, by, order)
+
+
+def ratios(short: pd.DataFrame) -> pd.DataFrame:
+    """Each layer against each of its peers where `summary` has both at the same mode and size.
+
+    Ratios are ours over theirs. The interval of the speeds' ratio reaches from our lower end over their
+    upper end to the reverse, so it covers both intervals; it is empty where either was measured once.
+    """
+    rows = []
+    measured = "tokens_per_s" in short and "mode" in short
+    speeds = short[short["tokens_per_s"].notna()] if measured else short[:0]
+    speeds = speeds.assign(label=labels(speeds))
+    for _, theirs in speeds.iterrows():
+        if (layer := catalog.peer_of(theirs["layer"])) is None:
+            continue
+        ours = speeds[speeds["layer"] == layer]
+        for name in SAME:
+            ours = ours[ours[name] == theirs[name]]
+        for _, mine in ours.iterrows():
+            row = {"layer": mine["label"], "peer": theirs["label"], **{n: theirs[n] for n in SAME}}
+            for column, above, below in (
+                ("tokens_per_s_ratio", "tokens_per_s", "tokens_per_s"),
+                ("tokens_per_s_ratio_lo", "tokens_per_s_lo", "tokens_per_s_hi"),
+                ("tokens_per_s_ratio_hi", "tokens_per_s_hi", "tokens_per_s_lo"),
+                ("peak_memory_ratio", "peak_memory_bytes", "peak_memory_bytes"),
+            ):
+                row[column] = _quotient(mine[above], theirs[below])
+            rows.append(row)
+    return pd.DataFrame(rows, columns=RATIOS).convert_dtypes()
+
+
+def _quotient(above: Any, below: Any) -> float | None:
+    return None if pd.isna(above) or pd.isna(below) or not below else float(above) / float(below)
 
 
 def write_tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Derive ``table.csv`` and ``summary.csv`` of the run folder ``path`` from its journal."""
+    """Derive ``table.csv`` and ``summary.csv`` of the run folder ``path`` from its journal, and
+    ``ratios.csv`` where a layer and one of its peers were measured."""
     frame = table(path)
     short = summary(frame)
     write_atomically(path / "table.csv", frame.to_csv(index=False))
     write_atomically(path / "summary.csv", short.to_csv(index=False))
+    if len(compared := ratios(short)):
+        write_atomically(path / "ratios.csv", compared.to_csv(index=False))
     return frame, short
 
 
@@ -100,8 +142,8 @@ def labels(frame: pd.DataFrame) -> pd.Series:
 
 
 def layer_name(layer: str) -> str:
-    """``path/to/file.py:Class`` as ``Class``; any other name as it is."""
-    return layer.rpartition(":")[2]
+    """``path/to/file.py:Class`` as ``Class``; any other name, such as ``peer:...``, as it is."""
+    return layer.rpartition(":")[2] if catalog.is_file(layer) else layer
 
 
 def length_name(seq: int) -> str:
@@ -127,13 +169,23 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _sorted(frame: pd.DataFrame, by: list[str], order: dict[str, int]) -> pd.DataFrame:
+    """Sorted by the columns ``by``, modes and layers in the sweep's ``order``."""
+
+    def rank(column: pd.Series) -> pd.Series:
+        return column.map(order) if column.name in ("mode", "layer") else column
+
+    return frame.sort_values(by, key=rank, kind="stable", na_position="first").reset_index(drop=True)
+
+
 def _side_by_side(speed: pd.DataFrame, recall: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     """Rows of both workloads joined where layer, settings, length, dtype and device are the same."""
     on = [*KEYS, *settings]
     sides = []
     for side in (speed, recall):
         side = side.reindex(columns=side.columns.union(on, sort=False)).astype(object)
-        side["same"] = side[on].map(str).agg("|".join, axis=1)
+        known = side[on].where(side[on].notna(), "")  # columns of other layers only: empty on both sides
+        side["same"] = known.map(str).agg("|".join, axis=1)
         sides.append(side)
     merged = sides[0].merge(sides[1], on="same", how="outer", suffixes=("", OTHER))
     for name in (*on, "reason"):

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ from fwpkm_bench import catalog
 from fwpkm_bench.measurement import DivergedError, UnsupportedError
 from fwpkm_bench.spec import Case
 
+STATUS = Path("/proc/self/status")
 MEMORY_SHARE = 0.9  # of what is free: a case asking for more is told no, and the machine lives on
 
 
@@ -47,11 +49,17 @@ def attempt(case: Case) -> dict[str, Any]:
         status = "oom" if "can't allocate memory" in str(error) else "crashed"
         reason = f"{type(error).__name__}: {_one_line(error)}"
         return outcome | {"status": status, "reason": reason, "detail": traceback.format_exc()}
+    columns = {name: _plain(value) for name, value in measurement.columns.items()}
     return outcome | {
-        "columns": measurement.columns,
+        "columns": columns,
         "samples_ms": measurement.samples_ms,
         "warmup_ms": measurement.warmup_ms,
     }
+
+
+def _plain(value: Any) -> Any:
+    """A column as plain Python: what a layer counts may be a numpy or torch number."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _one_line(error: BaseException) -> str:
@@ -72,8 +80,8 @@ def _limit_memory() -> None:
     if sys.platform != "linux":
         return
     free = psutil.virtual_memory().available
-    used = psutil.Process().memory_info().rss
+    used = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmData"))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = used + int(free * MEMORY_SHARE)
+    limit = int(used.split()[1]) * 1024 + int(free * MEMORY_SHARE)
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

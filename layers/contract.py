@@ -60,7 +60,7 @@ class MemoryCore(Protocol):
 @dataclass(frozen=True)
 class Cost:
     """What one forward pass in float32 must do at the least: ``flops`` operations (a multiply-add is two)
-    and ``bytes`` moved (weights, inputs and outputs once; of a memory what each step must fetch and store)."""
+    and ``bytes`` moved (weights, inputs, outputs once; of a memory what each step must fetch and store)."""
 
     flops: int
     bytes: int

@@ -77,3 +77,11 @@ class Diverges(Fine):
 
 class ReferenceOnly(Fine):
     backends = ("reference",)
+
+
+class SlowThenGreedy(Greedy):
+    """Too slow to be measured twice, and then too large."""
+
+    def forward(self, x, state=None):
+        time.sleep(0.05)
+        return super().forward(x, state)

@@ -38,6 +38,12 @@ BAD = [
     ("sweep --batch 0", "batch must be at least 1"),
     ("sweep --batch two", "--batch takes whole numbers such as 1,8; 'two' is none"),
     ("sweep --budget 0", "budget_s must be above 0"),
+    ("sweep --budget nan", "budget_s must be above 0 and at most"),
+    ("sweep --timeout inf", "timeout_s must be above 0 and at most"),
+    ("sweep --seeds ²", "'²' is none"),
+    ("sweep --seeds 99999999999999999999", "is none"),
+    ("sweep --name ../x", "name must be the name of a folder under results/"),
+    ("sweep --out .", "--out must name a folder"),
     ("sweep --timeout x", "'x' is not a valid float"),
     ("sweep --set fwpkm.topk=-1", "fwpkm.topk must be a whole number of at least 1, got -1"),
     ("sweep --set fwpkm.topk=513", "fwpkm.topk must be at most n_subkeys (512), got 513"),
@@ -84,6 +90,8 @@ def test_a_device_that_is_not_there(invoke, tmp_path, monkeypatch) -> None:
         ("layers = 3", "layers must be a string or a list, got 3"),
         ("budget_s = 'long'", "budget_s must be a number, got 'long'"),
         ("settings = 4", "settings must be a table"),
+        ("[settings]\n'fwpkm.topk' = []", "fwpkm.topk must be a number, a string"),
+        ("[settings]\n'fwpkm.topk' = 2020-01-01", "fwpkm.topk must be a number, a string"),
         ("seq = '0'", "must be at least 1"),
     ],
 )
@@ -105,6 +113,18 @@ def test_flags_win_over_the_file(invoke, tmp_path) -> None:
         "sweep", "mine.toml", "--dry-run", "--seq", "4k", "--set", "fwpkm.topk=8", "--name", "other"
     )
     assert "2 cases, to results/other" in result.output
+
+
+def test_values_for_one_setting_add_up(invoke) -> None:
+    settings = ("--set", "fwpkm.topk=4", "--set", "fwpkm.topk=8")
+    result = invoke(
+        "sweep", "--layers", "fwpkm", "--seq", "4k", *settings, "--workloads", "recall", "--dry-run"
+    )
+    assert "2 cases" in result.output
+
+
+def test_without_a_command_it_helps(invoke) -> None:
+    assert invoke().output.startswith("Usage:")
 
 
 def test_every_named_sweep_can_be_planned(invoke) -> None:

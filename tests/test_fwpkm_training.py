@@ -63,7 +63,9 @@ def everything(inputs: dict[str, Tensor], cuts: tuple[int, ...], mask: Tensor | 
 
 def gradients(inputs: dict[str, Tensor], cuts: tuple[int, ...], mask: Tensor | None, **kw) -> list[Tensor]:
     leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
-    found = torch.autograd.grad(everything(leaves, cuts, mask, **kw), list(leaves.values()), allow_unused=True)
+    found = torch.autograd.grad(
+        everything(leaves, cuts, mask, **kw), list(leaves.values()), allow_unused=True
+    )
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves.values(), strict=True)]
 
 
@@ -75,7 +77,11 @@ SOME = random.Random(0).sample(ALL, 60)
 def test_gradients_are_the_reference(kw: dict) -> None:
     """With a mask and two heads; in pieces, across which gradients flow; and a single token."""
     whole = kw["boundary"] == "drop"  # pieces would be chunks there
-    for batch, tokens, heads, cuts in ((3, 23, 2, ()), (5, 15, 3, () if whole else (4, 5, 11)), (1, 1, 4, ())):
+    for batch, tokens, heads, cuts in (
+        (3, 23, 2, ()),
+        (5, 15, 3, () if whole else (4, 5, 11)),
+        (1, 1, 4, ()),
+    ):
         inputs = random_inputs(batch, tokens, heads, n=6)
         mask = torch.arange(tokens) >= torch.tensor([[4], [0], [9]]) if heads == 2 else None
         expected = gradients(inputs, cuts, mask, **kw, backend="reference")
@@ -112,7 +118,9 @@ def test_only_what_is_asked_for_is_computed(name: str) -> None:
 def test_no_gradients_beyond_a_detached_state() -> None:
     inputs = random_inputs(1, 12, 1, n=6)
     tables = {n: inputs[n] for n in ("keys", "values")}
-    halves = [{n: inputs[n][:, part].requires_grad_() for n in PER_TOKEN} for part in (slice(6), slice(6, 12))]
+    halves = [
+        {n: inputs[n][:, part].requires_grad_() for n in PER_TOKEN} for part in (slice(6), slice(6, 12))
+    ]
     kw = {"topk": 2, "chunk_size": 3}
     state = fwpkm(**halves[0], **tables, **kw).state
     fwpkm(**halves[1], **tables, **kw, state=state.clone()).retrieved.sum().backward()

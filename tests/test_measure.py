@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fwpkm_bench.measure import timing
-from fwpkm_bench.measure.ceilings import measure_ceilings
+from fwpkm_bench.measure.ceilings import Ceilings, measure_ceilings
 from fwpkm_bench.measure.memory import PeakMemory
 
 MIB = 2**20
@@ -63,6 +63,21 @@ def test_the_first_result_is_inspected_outside_the_timing(monkeypatch) -> None:
     assert max(result.warmup_ms + result.samples_ms) == pytest.approx(10.0)
 
 
+def test_every_call_is_prepared_outside_the_timing(monkeypatch) -> None:
+    prepared = []
+    call = Clock(monkeypatch, lambda i: 0.01)
+
+    def prepare(index: int) -> None:
+        assert call.calls == prepared  # each before its own call
+        prepared.append(index)
+        call.now += 5.0
+
+    result = timing.measure(call, device="cpu", budget_s=1.0, prepare=prepare)
+    assert prepared == call.calls == list(range(len(result.warmup_ms) + len(result.samples_ms)))
+    assert len(result.samples_ms) == timing.MAX_SAMPLES
+    assert max(result.warmup_ms + result.samples_ms) == pytest.approx(10.0)
+
+
 def test_peak_memory_of_a_known_allocation() -> None:
     memory = PeakMemory("cpu")
     block = torch.ones(64 * MIB // 4)
@@ -72,6 +87,15 @@ def test_peak_memory_of_a_known_allocation() -> None:
     small = PeakMemory("cpu")
     torch.ones(MIB // 4)
     assert small.peak_bytes() < 16 * MIB  # the earlier peak is forgotten
+
+
+def test_shares_of_the_ceilings() -> None:
+    columns = Ceilings(flops=2e9, bytes=4e9).columns(flops=10**8, moved=10**9, seconds=0.5)
+    assert columns["flop_ceiling_share"] == pytest.approx(0.1)
+    assert columns["byte_ceiling_share"] == pytest.approx(0.5)
+    assert (columns["tflop_per_s"], columns["gb_per_s"]) == pytest.approx((2e-4, 2.0))
+    unknown = Ceilings(flops=2e9, bytes=4e9).columns(flops=10**8, moved=None, seconds=0.5)
+    assert unknown["gb_per_s"] is unknown["byte_ceiling_share"] is None
 
 
 def test_ceilings_are_of_this_machine() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fwpkm_bench import catalog
+from fwpkm_bench.kernels.slots import slot_use
 from fwpkm_bench.spec import Sweep, cases
 from fwpkm_bench.workloads import recall
 
@@ -73,11 +74,10 @@ def test_questions_are_spread_evenly_and_scored_against_all() -> None:
 
 
 def test_slot_use_is_counted() -> None:
-    even = recall.slot_use(torch.ones(8, dtype=torch.int64))
+    even = slot_use(torch.ones(8, dtype=torch.int64))
     assert even == pytest.approx({"coverage": 1.0, "collision_ratio": 0.0, "slot_kl": 0.0})
-    one = recall.slot_use(torch.tensor([8, 0, 0, 0]))
+    one = slot_use(torch.tensor([8, 0, 0, 0]))
     assert one == pytest.approx(
         {"coverage": 0.25, "collision_ratio": 7 / 8, "slot_kl": float(torch.tensor(4.0).log())}
     )
-    assert recall.slot_use(None) == {}
-    assert recall.slot_use(torch.zeros(4, dtype=torch.int64)) == {}
+    assert slot_use(torch.zeros(4, dtype=torch.int64)) == {}

@@ -15,7 +15,7 @@ import pytest
 from fwpkm_bench import run as runner
 from fwpkm_bench.errors import UsageError
 from fwpkm_bench.spec import Sweep, cases
-from fwpkm_bench.store import JOURNAL, RUN, TORN, RunFolder, read_journal, write_atomically
+from fwpkm_bench.store import JOURNAL, RECORD_KEYS, RUN, TORN, RunFolder, read_journal, write_atomically
 from fwpkm_bench.tables import summary, table, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,6 @@ def test_run_json_says_what_and_where(small_run: Path) -> None:
     run_record = json.loads((small_run / RUN).read_text())
     assert run_record["sweep"]["seq"] == [256, 512]
     assert run_record["environment"]["versions"]["torch"]
-    assert not (small_run / ".lock").exists()
 
 
 def test_running_again_runs_nothing(small_run: Path) -> None:
@@ -114,6 +113,80 @@ def test_pictures_and_reports_are_drawn_from_rows(small_run: Path, tmp_path: Pat
     assert 'src="plots/overview.png"' in page
     assert page.count("<tr>") == 1 + len(short)
     assert "| fwpkm | 512 |" in (small_run / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def modes_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("modes") / "run"
+    settings = {"fwpkm.n_subkeys": (16, 32)}
+    modes = ("train", "decode")
+    run(Sweep(seq=(128,), budget_s=0.02, layers=("linear", "fwpkm"), modes=modes, settings=settings), out)
+    return out
+
+
+def test_each_mode_has_its_rows(modes_run: Path) -> None:
+    rows = pd.read_csv(modes_run / "table.csv")
+    assert set(rows["status"]) == {"ok"}
+    assert len(rows) == 3 * (2 + 1)  # layers with settings, modes and recall
+    decode = rows[rows["mode"] == "decode"]
+    assert (decode["decode_tokens"] >= 16).all()
+    assert rows[rows["mode"] != "decode"]["decode_tokens"].isna().all()
+    assert (1e3 / decode["tokens_per_s"]).to_numpy() == pytest.approx(decode["latency_ms_p50"])
+    assert decode["state_bytes"].gt(0).all()
+
+    short = pd.read_csv(modes_run / "summary.csv")
+    assert list(short["mode"]) == ["train"] * 3 + ["decode"] * 3  # as the sweep has them
+    assert short["tokens_per_s"].notna().all()
+    same = short.pivot_table(index=["layer", "fwpkm.n_subkeys", "seq"], columns="mode", values="recall")
+    assert len(same) == 2
+    assert (same["train"] == same["decode"]).all()  # recall has no mode: it stands with each
+
+
+def test_each_mode_has_its_pictures(modes_run: Path) -> None:
+    from fwpkm_bench import plot, report
+
+    frame, short = write_tables(modes_run)
+    drawn = [path.stem for path in plot.draw_all(frame, short, modes_run / "plots")]
+    each = ("tokens_per_s", "memory", "state", "overview", "tradeoff")
+    assert sorted(drawn) == sorted(
+        [f"{name}_{mode}" for name in each for mode in ("train", "decode")] + ["recall", "recall_by_age"]
+    )
+    assert len(set(drawn)) == len(drawn)
+    report.write(modes_run, frame, short)
+    page = (modes_run / "report.html").read_text()
+    for name in ("overview_train", "overview_decode", "recall_by_age"):
+        assert f'src="plots/{name}.png"' in page
+    text = (modes_run / "report.md").read_text()
+    for label in ("linear (train)", "fwpkm, n_subkeys 16 (decode)", "fwpkm, n_subkeys 32 (decode)"):
+        assert f"| {label} | 128 |" in text
+
+
+def test_settings_of_a_layer_are_told_apart(modes_run: Path) -> None:
+    from fwpkm_bench.palette import STYLE, colour_of, styled
+
+    _, short = write_tables(modes_run)
+    looks = styled(short).groupby("label")[list(STYLE)].agg(lambda c: c.map(str).unique().tolist())
+    assert list(looks.index) == ["fwpkm, n_subkeys 16", "fwpkm, n_subkeys 32", "linear"]
+    assert all(len(look) == 1 for column in STYLE for look in looks[column])  # the same in every mode
+    assert looks["colour"].str[0].is_unique
+    assert looks.loc["linear", "colour"] == [str(colour_of("linear"))]
+
+
+def test_rows_without_numbers_are_drawn_as_nothing(tmp_path: Path) -> None:
+    """Also of modes that all failed: no picture, no error."""
+    from fwpkm_bench import plot
+
+    sweep = Sweep(
+        seq=(32,),
+        layers=broken("Raises"),
+        workloads=("throughput",),
+        modes=("train", "decode"),
+        budget_s=0.01,
+    )
+    run(sweep, tmp_path / "run")
+    frame, short = write_tables(tmp_path / "run")
+    assert list(short["status"]) == ["crashed"] * 2
+    assert plot.draw_all(frame, short, tmp_path / "plots") == []
 
 
 def test_every_way_to_fail_is_a_row(tmp_path: Path) -> None:
@@ -150,6 +223,41 @@ def test_every_way_to_fail_is_a_row(tmp_path: Path) -> None:
     short = summary(rows)
     assert len(short) == len(rows)
     assert (short["status"] == rows["status"]).sum() == len(rows)
+
+
+def test_a_run_without_any_interval_is_reported(tmp_path: Path) -> None:
+    from fwpkm_bench.cli import _report
+
+    sweep = Sweep(seq=(32, 64), layers=broken("SlowThenGreedy"), workloads=("throughput",), budget_s=0.01)
+    run(sweep, tmp_path / "run")
+    frame = _report(tmp_path / "run")
+    assert list(frame["status"]) == ["ok", "oom"]
+    assert list(frame["samples"].dropna()) == [1]
+    assert "measured once" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_an_unfinished_run_is_joined_too(small_run: Path, tmp_path: Path) -> None:
+    """Half of the rows are there: what is there of a layer and length still stands in one row."""
+    lines = (small_run / JOURNAL).read_text().splitlines(keepends=True)
+    half = [s for s in lines if "softmax" in s or json.loads(s)["case"]["workload"] == "recall"]
+    (tmp_path / JOURNAL).write_text("".join(half))
+    (tmp_path / RUN).write_text((small_run / RUN).read_text())
+    short = summary(table(tmp_path))
+    assert len(short) == 10
+    assert short.set_index("layer").loc["softmax", ["tokens_per_s", "recall"]].notna().all().all()
+
+
+def test_failed_cases_run_again_when_asked(tmp_path: Path) -> None:
+    sweep = Sweep(
+        seq=(32, 64), layers=broken("Sleeps", "Fine"), workloads=("throughput",), budget_s=0.01, timeout_s=4.0
+    )
+    out = tmp_path / "run"
+    run(sweep, out)
+    assert run(sweep, out) == []
+    again: list[dict] = []
+    runner.run(sweep, out, "test", lambda p: again.append(p.outcome) if p.outcome else None, retry=True)
+    assert [r["status"] for r in again] == ["timeout", "skipped"]
+    assert sorted(table(out)["status"]) == ["ok", "ok", "skipped", "timeout"]
 
 
 def write_sweep(tmp_path: Path) -> list[str]:
@@ -208,9 +316,18 @@ def test_a_torn_last_line_is_set_aside(tmp_path: Path) -> None:
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    (tmp_path / JOURNAL).write_text('{"case_id": "a"}\nnonsense\n{"case_id": "b"}\n')
-    with pytest.raises(UsageError, match=r"line 2 of .* is damaged"):
-        read_journal(tmp_path)
+    whole = json.dumps(dict.fromkeys(RECORD_KEYS, 0))
+    for damaged in ("nonsense", "{}", "3", '{"case_id": "a"}'):
+        (tmp_path / JOURNAL).write_text(f"{whole}\n{damaged}\n{whole}\n")
+        with pytest.raises(UsageError, match=r"line 2 of .* is damaged"):
+            read_journal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"digest": 1}'])
+def test_a_damaged_run_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / RUN).write_text(text)
+    with pytest.raises(UsageError, match="cannot read"):
+        table(tmp_path)
 
 
 def test_a_folder_is_one_sweep_and_one_process(tmp_path: Path) -> None:

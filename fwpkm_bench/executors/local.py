@@ -7,7 +7,6 @@ milliseconds, with nothing of the case before it in memory.
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -17,9 +16,6 @@ from typing import Any
 
 from fwpkm_bench.spec import Case
 
-# glibc: keep freed memory for the next call, as a GPU's caching allocator does. Otherwise every call pays
-# the system again for zeroing the same pages, which on a virtual machine can double its time at random.
-ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 PATIENCE_S = 5.0  # for a process that has sent its outcome to end
 
 
@@ -27,7 +23,6 @@ class LocalExecutor:
     """Runs cases; `stop` ends the one that is running."""
 
     def __init__(self) -> None:
-        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         self._context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
         if sys.platform != "win32":
             self._context.set_forkserver_preload(["fwpkm_bench.worker"])
@@ -45,9 +40,9 @@ class LocalExecutor:
         theirs.close()
         try:
             if not ours.poll(timeout_s):
-                return _failed("timeout", f"no result after {timeout_s:g} s; raise --timeout")
+                return _failed("timeout", f"no result after {timeout_s:g} s; raise --timeout and add --retry")
             return ours.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join(PATIENCE_S)
             return _failed("crashed", _epitaph(self._process.exitcode, time.monotonic() - started))
         finally:

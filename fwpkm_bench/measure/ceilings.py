@@ -21,6 +21,18 @@ class Ceilings:
     flops: float
     bytes: float
 
+    def columns(self, *, flops: int, moved: int | None, seconds: float) -> dict[str, float | None]:
+        """Operations and bytes a second of what took ``seconds``, and what share of the ceilings that is;
+        of bytes nothing where it is not known how many were ``moved``."""
+        return {
+            "tflop_per_s": flops / seconds / 1e12,
+            "gb_per_s": None if moved is None else moved / seconds / 1e9,
+            "flop_ceiling_share": flops / seconds / self.flops,
+            "byte_ceiling_share": None if moved is None else moved / seconds / self.bytes,
+            "ceiling_tflop_per_s": self.flops / 1e12,
+            "ceiling_gb_per_s": self.bytes / 1e9,
+        }
+
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Time both on ``device``; random operands, because products of zeros run faster."""

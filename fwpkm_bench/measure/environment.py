@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,27 @@ def gpus() -> list[dict[str, Any]]:
     found = []
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        memory = _answer(pynvml.nvmlDeviceGetMemoryInfo, handle)
         found.append(
             {
-                "name": pynvml.nvmlDeviceGetName(handle),
-                "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-                "driver": pynvml.nvmlSystemGetDriverVersion(),
-                "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-                "max_sm_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "name": _answer(pynvml.nvmlDeviceGetName, handle),
+                "memory_bytes": getattr(memory, "total", None),
+                "driver": _answer(pynvml.nvmlSystemGetDriverVersion),
+                "sm_clock_mhz": _answer(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+                "max_sm_clock_mhz": _answer(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
             }
         )
     return found
+
+
+def _answer(ask: Callable[..., Any], *arguments: Any) -> Any:
+    """What the driver answers, or None: a part of a shared GPU does not tell everything."""
+    import pynvml
+
+    try:
+        return ask(*arguments)
+    except pynvml.NVMLError:
+        return None
 
 
 def git_state() -> dict[str, Any] | None:

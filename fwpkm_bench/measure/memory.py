@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -45,6 +47,19 @@ class PeakMemory:
     def total_bytes(self) -> int:
         """The highest since then, with what was there (weights, inputs and, on a CPU, the interpreter)."""
         return self.before + self.peak_bytes()
+
+
+def keep_freed_memory(device: str) -> None:
+    """Let the allocator (glibc's) keep freed memory for the next call, as a GPU's does.
+
+    Otherwise every call pays the system again for zeroing the same pages, which on a virtual machine can
+    double its time at random. From then on, freed blocks may lie scattered: take the peak before.
+    """
+    if device == "cpu":
+        with contextlib.suppress(AttributeError, OSError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _give_back_free_memory() -> None:

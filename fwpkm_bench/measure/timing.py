@@ -31,13 +31,15 @@ def measure(
     *,
     device: str,
     budget_s: float,
+    prepare: Callable[[int], None] = lambda index: None,
     inspect: Callable[[Any], None] = lambda result: None,
 ) -> Timing:
     """Time ``call(i)``, ``i`` counting up so that inputs can rotate.
 
     A call that is slower than half the budget is timed as often as the budget allows, down to once;
     it must have been warmed up by the caller on something shorter. Every other call first warms up.
-    ``inspect`` gets what the first call returned, outside the timing.
+    Outside the timing and the budget, ``prepare(i)`` runs before each call, and ``inspect`` gets what the
+    first one returned.
     """
     sample = cuda_sampler() if device == "cuda" else cpu_sample
     warmup: list[float] = []
@@ -46,6 +48,7 @@ def measure(
 
     def take(into: list[float]) -> float:
         nonlocal spent, index
+        prepare(index)
         started = time.perf_counter()
         milliseconds, result = sample(lambda: call(index))
         spent += time.perf_counter() - started

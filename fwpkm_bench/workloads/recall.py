@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwpkm_bench import catalog
+from fwpkm_bench.kernels.slots import slot_use
 from fwpkm_bench.measurement import DivergedError, Measurement, UnsupportedError
 from fwpkm_bench.spec import Case
 from fwpkm_bench.stats import wilson_interval
@@ -54,6 +55,8 @@ def run(case: Case) -> Measurement:
     """Measure one case in this process."""
     settings = Settings(**case.workload_settings)  # type: ignore[arg-type]
     layer = catalog.load_layer(case.layer)
+    if layer.memory_core is None:
+        raise UnsupportedError(f"{case.layer} offers no memory core")
     if case.backend not in layer.backends:
         raise UnsupportedError(f"{case.layer} has no backend {case.backend!r}: {', '.join(layer.backends)}")
     dtype = getattr(torch, case.dtype)
@@ -89,7 +92,8 @@ def run(case: Case) -> Measurement:
         "cosine": float(cosine.mean()),
     }
     columns |= by_age(right, asked, case.seq)
-    columns |= slot_use(core.slot_writes(state))
+    writes = core.slot_writes(state)
+    columns |= {} if writes is None else slot_use(writes)
     return Measurement(columns)
 
 
@@ -119,22 +123,3 @@ def by_age(right: Tensor, asked: Tensor, pairs: int) -> dict[str, float | None]:
         mine = right[tenth == decile]
         columns[f"recall_age_{decile + 1}"] = float(mine.float().mean()) if len(mine) else None
     return columns
-
-
-def slot_use(writes: Tensor | None) -> dict[str, float]:
-    """Of a slot memory that was written: how much of it, how evenly, and how often twice.
-
-    ``coverage``: slots written / all slots; ``collision_ratio``: the share of slot writes that met a
-    slot written before (of this or an earlier chunk); ``slot_kl``: KL divergence of slot use from
-    uniform, in nats.
-    """
-    if writes is None or not int(writes.sum()):
-        return {}
-    total = int(writes.sum())
-    used = writes[writes > 0].double()
-    share = used / total
-    return {
-        "coverage": len(used) / len(writes),
-        "collision_ratio": 1 - len(used) / total,
-        "slot_kl": float((share * (share * len(writes)).log()).sum()),
-    }

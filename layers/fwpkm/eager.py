@@ -91,7 +91,9 @@ def run(
         full = state.pending_tokens == settings.chunk_size or settings.boundary == "drop"
         if full or (flush and stop == tokens):
             chunk_mask = None if mask is None else mask[:, piece]
-            v_hat, at, chunk_losses, chunk_entropy = _write_pending(state, stop, stop - start, chunk_mask, tape)
+            v_hat, at, chunk_losses, chunk_entropy = _write_pending(
+                state, stop, stop - start, chunk_mask, tape
+            )
             losses.append(chunk_losses)
             entropy.append(chunk_entropy)
         else:
@@ -99,9 +101,7 @@ def run(
             v_hat = state.read(at.slots, at.weights)
             if tape is not None:
                 peek = Peek(at, *state.gather(at.slots))
-                tape.chunks.append(
-                    Chunk(tape.waiting + stop, stop - start, 0, at, state.keys, None, peek)
-                )
+                tape.chunks.append(Chunk(tape.waiting + stop, stop - start, 0, at, state.keys, None, peek))
         new = slice(v_hat.shape[1] - (stop - start), None)
         retrieved[:, piece] = v_hat[:, new]
         slots[:, piece], weights[:, piece] = at.slots[:, new], at.weights[:, new]
@@ -161,7 +161,10 @@ def _read_and_write(
 ) -> tuple[Tensor, Tensor, Written]:
     """Read the first P tokens of a chunk, whose targets ``[B, P, value_dim]`` have come, and write them.
 
-    ``V[i] -= lr * scale * sum_t c_ti e_t / N_i``, a scale for each memory. Returns the reads, their losses ``[B, P]`` and the record.
+    ``V[i] -= lr * scale * sum_t c_ti e_t / N_i``, a scale for each memory.
+
+    Returns:
+        The reads, their losses ``[B, P]`` and what a backward pass needs.
     """
     settings = state.settings
     batch, pairs = gate.shape

@@ -190,7 +190,12 @@ def _check_shapes(
         raise refuse(
             "values", values, f"[{n * n}, value_dim] floating point, one row for each pair of sub-keys"
         )
-    if query.ndim != 3 or 0 in query.shape or query.shape[-1] != heads * 2 * h or not query.is_floating_point():
+    if (
+        query.ndim != 3
+        or 0 in query.shape
+        or query.shape[-1] != heads * 2 * h
+        or not query.is_floating_point()
+    ):
         raise refuse("query", query, f"[B, T, {heads * 2 * h}] floating point, B and T at least 1")
     batch, tokens, _ = query.shape
     if target.shape != (batch, tokens, values.shape[1]) or not target.is_floating_point():

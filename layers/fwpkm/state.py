@@ -262,7 +262,8 @@ class EagerState:
         room = self._query.shape[1]
         self.carried = min(count, length)
         self._query, self._gate = (
-            _with_room(buffer[:, length - self.carried : length], room) for buffer in (self._query, self._gate)
+            _with_room(buffer[:, length - self.carried : length], room)
+            for buffer in (self._query, self._gate)
         )
         self.pending_tokens = 0
 

@@ -128,7 +128,9 @@ class _Walk:
         self.waiting = ctx.tape.waiting
         self.grad_retrieved, self.grad_weights = retrieved, weights
         self.grad_losses, self.grad_entropy = losses, entropy
-        self.losses_left = sum(c.written.difference.shape[1] for c in ctx.tape.chunks if c.written is not None)
+        self.losses_left = sum(
+            c.written.difference.shape[1] for c in ctx.tape.chunks if c.written is not None
+        )
         self.entropies_left = sum(c.own > 0 for c in ctx.tape.chunks)
         _, _, _, need_query, need_gate, need_target, need_keys, need_values, need_rows = ctx.needs_input_grad
         self.need_addresses = need_query or need_keys
@@ -137,9 +139,7 @@ class _Walk:
         self.dvalues = torch.zeros_like(self.values) if need_values else None
         self.dquery = torch.zeros_like(query)
         self.dgate = torch.zeros_like(gate)
-        self.dtarget = query.new_zeros(
-            (len(query), query.shape[1] - ctx.target_offset, self.values.shape[1])
-        )
+        self.dtarget = query.new_zeros((len(query), query.shape[1] - ctx.target_offset, self.values.shape[1]))
         self.needed = (need_query, need_gate, need_target, need_keys, need_values, need_rows)
 
     def results(self) -> tuple[Tensor | None, ...]:
@@ -247,6 +247,6 @@ class _Walk:
 
 
 def _dots(table: Tensor, group: Tensor, tokens: Tensor) -> Tensor:
-    """``<table[group_ti], tokens_t>``: table ``[U, d]``, group ``[N, H*k]``, tokens ``[..., d]``; ``[N, H*k]``."""
+    """``<table[group_ti], tokens_t>`` ``[N, H*k]`` of table ``[U, d]``, group and tokens ``[N, d]``."""
     picked = table.index_select(0, group.flatten()).view(*group.shape, -1)
     return torch.bmm(picked, tokens.reshape(len(group), -1, 1)).squeeze(-1)
