@@ -30,11 +30,10 @@ def test_the_delta_rule_holds_as_many_as_its_key_has_features(seq: int) -> None:
 
 
 def test_a_full_memory_forgets_and_a_second_reading_helps() -> None:
-    small = {"n_subkeys": 16, "key_dim": 16, "value_dim": 16}
-    once, again = (measure("fwpkm", 2048, passes=n, **small) for n in (1, 3))
-    assert once["recall"] < 0.9
-    assert once["recall_age_1"] > once["recall_age_10"]
-    assert again["recall_lo"] > once["recall_hi"] or again["recall"] > once["recall"]
+    """Twice as many pairs as slots: what goes is old, and reading again brings back some of it."""
+    once, again = (measure("fwpkm", 8192, passes=n, n_subkeys=64) for n in (1, 3))
+    assert once["recall_age_10"] < 0.5 < 0.95 < once["recall_age_1"]
+    assert again["recall_lo"] > once["recall_hi"]
     assert once["coverage"] > 0.9
     assert once["collision_ratio"] > 0.9
 

@@ -1,9 +1,10 @@
 """FwPKM's gradient in closed form, without a dense history: the chunks are walked backwards.
 
 One running ``dV`` holds the gradient to the overlay's rows as they stood after the chunk at hand. With
-``r_i = lr / N_i``, ``D = -r_i dV[i]`` for the rows that the chunk wrote, and ``e = g (v_hat - target)``:
-``de_t = sum_i c_ti D_i``, ``dc_ti = <D_i, e_t>``, then ``dw_ti = <V[i], dv_hat_t>`` and
-``dV[i] += w_ti dv_hat_t`` with V as it was read. The chosen indices and N_i carry no gradient.
+the step ``r_i = lr * scale / N_i``, ``D = -r_i dV[i]`` for the rows that the chunk wrote, and
+``e = g (v_hat - target)``: ``de_t = sum_i c_ti D_i``, ``dc_ti = <D_i, e_t>``, then
+``dw_ti = <V[i], dv_hat_t>`` and ``dV[i] += w_ti dv_hat_t`` with V as it was read. The chosen indices and
+N_i carry no gradient.
 
 Shapes: as in ``eager.py``; Q queries of a call, the W waiting ones first.
 """
