@@ -100,7 +100,10 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 )
 @click.option("--device", help="cpu (default) or cuda.")
 @click.option(
-    "--backend", help="The implementation, such as eager or reference (default: each layer's best)."
+    "--backend",
+    callback=_names,
+    metavar="NAMES",
+    help="Implementations: best (each layer's, the default), eager, reference.",
 )
 @click.option("--size", help="laptop (default on a CPU) or paper (default on a GPU).")
 @click.option("--seeds", callback=_numbers, metavar="N[,N...]", help="One case for each (default 0).")

@@ -20,6 +20,7 @@ from fwpkm_bench.ranges import format_length, parse_lengths
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda")
 LONGEST_S = 7 * 24 * 3600
+BEST = "best"  # the fastest implementation that a layer has for the device
 SIZES = ("laptop", "paper")
 LAYERS = ("softmax", "linear", "gdn", "pkm", "fwpkm")
 WORKLOADS = ("throughput", "recall")
@@ -84,7 +85,7 @@ class Sweep:
     batch: tuple[int, ...] = (1,)
     dtype: tuple[str, ...] = ("float32",)
     device: str = "cpu"
-    backend: str = ""  # empty: the best that each layer has for the device
+    backend: tuple[str, ...] = (BEST,)  # those of them that a layer has
     size: str = ""  # empty: laptop on a CPU, paper on a GPU
     seeds: tuple[int, ...] = (0,)
     budget_s: float = 10.0
@@ -105,7 +106,7 @@ class Sweep:
         choose("device", self.device, DEVICES)
         if self.size:
             choose("size", self.size, SIZES)
-        for name in ("layers", "workloads", "modes", "batch", "dtype", "seeds"):
+        for name in ("layers", "workloads", "modes", "batch", "dtype", "backend", "seeds"):
             if not getattr(self, name):
                 raise UsageError(f"{name} must name at least one")
         if min(self.batch) < 1:
@@ -228,22 +229,23 @@ def cases(sweep: Sweep) -> list[Case]:
     for mode in sweep.modes:
         choose("mode", mode, sorted(modes) if modes else sweep.modes)
     known_backends = sorted({backend for layer in layers.values() for backend in layer.backends})
-    if sweep.backend:
-        choose("backend", sweep.backend, known_backends)
+    for backend in sweep.backend:
+        choose("backend", backend, [BEST, *known_backends])
 
     size = sweep.size or ("paper" if sweep.device == "cuda" else "laptop")
     found: dict[str, Case] = {}
     axes = itertools.product(sweep.seq, sweep.seeds, sweep.dtype, sweep.batch, workloads, layers)
     for seq, seed, dtype, batch, workload, layer in axes:
         wanted = [mode for mode in workloads[workload].MODES if not mode or mode in sweep.modes]
-        for mode, own, extra in itertools.product(
+        for mode, backend, own, extra in itertools.product(
             wanted,
+            _backends(sweep, layers[layer]),
             _variants(sweep, layer, layers[layer].sizes.get(size) or layers[layer].Settings()),
             _variants(sweep, workload, workloads[workload].Settings()),
         ):
             case = Case(
                 layer=layer,
-                backend=sweep.backend or default_backend(layers[layer], sweep.device),
+                backend=backend,
                 workload=workload,
                 mode=mode,
                 seq=seq,
@@ -257,6 +259,12 @@ def cases(sweep: Sweep) -> list[Case]:
             )
             found.setdefault(case.case_id, case)
     return list(found.values())
+
+
+def _backends(sweep: Sweep, layer: Any) -> list[str]:
+    """Those of the sweep's that ``layer`` has, each once; the first where it has none, to be told so."""
+    asked = [default_backend(layer, sweep.device) if name == BEST else name for name in sweep.backend]
+    return list(dict.fromkeys(name for name in asked if name in layer.backends)) or asked[:1]
 
 
 def default_backend(layer: Any, device: str) -> str:

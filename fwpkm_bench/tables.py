@@ -85,7 +85,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def ratios(short: pd.DataFrame) -> pd.DataFrame:
-    """Each layer against each of its peers where `summary` has both at the same mode and size.
+    """Each layer against its peers and its own reference where `summary` has both at the same mode and size.
 
     Ratios are ours over theirs. The interval of the speeds' ratio reaches from our lower end over their
     upper end to the reverse, so it covers both intervals; it is empty where either was measured once.
@@ -95,9 +95,8 @@ def ratios(short: pd.DataFrame) -> pd.DataFrame:
     speeds = short[short["tokens_per_s"].notna()] if measured else short[:0]
     speeds = speeds.assign(label=labels(speeds))
     for _, theirs in speeds.iterrows():
-        if (layer := catalog.peer_of(theirs["layer"])) is None:
-            continue
-        ours = speeds[speeds["layer"] == layer]
+        layer = theirs["layer"] if theirs["backend"] == "reference" else catalog.peer_of(theirs["layer"])
+        ours = speeds[(speeds["layer"] == layer) & (speeds["backend"] != "reference")]
         for name in SAME:
             ours = ours[ours[name] == theirs[name]]
         for _, mine in ours.iterrows():

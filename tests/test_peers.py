@@ -317,6 +317,21 @@ def test_ratios_are_ours_over_theirs() -> None:
     assert tables.ratios(short[:0]).empty
 
 
+def test_ratios_to_the_reference() -> None:
+    short = summary_rows(
+        layer=["fwpkm", "fwpkm", "gdn"],
+        backend=["eager", "reference", "eager"],
+        seq=[1024, 1024, 1024],
+        tokens_per_s=[1000.0, 10.0, 5.0],
+        tokens_per_s_lo=[900.0, 9.0, 4.0],
+        tokens_per_s_hi=[1100.0, 11.0, 6.0],
+        peak_memory_bytes=[100, 1000, 1],
+    )
+    (row,) = tables.ratios(short).to_dict("records")
+    assert (row["layer"], row["peer"]) == ("fwpkm, backend eager", "fwpkm, backend reference")
+    assert row["tokens_per_s_ratio"] == pytest.approx(100)
+
+
 def test_a_sweep_with_peers(tmp_path: Path, capsys) -> None:
     """What is installed is measured, what is not is a row, and the report sets both beside ours."""
     layers = ("pkm", "peer:lucidrains-pkm", "peer:fla-gdn")

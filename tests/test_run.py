@@ -195,7 +195,7 @@ def test_every_way_to_fail_is_a_row(tmp_path: Path) -> None:
         seq=(32, 64, 128),
         layers=broken(*names),
         workloads=("throughput",),
-        backend="eager",
+        backend=("eager",),
         budget_s=0.01,
         timeout_s=3.0,
     )
@@ -373,3 +373,21 @@ def test_layers_take_turns_at_each_length() -> None:
     orders = {tuple(c.label.rpartition(" ")[0] for c in planned if c.seq == seq) for seq in (64, 128, 256)}
     assert len(orders) == 3  # a drift of the machine meets another order at each length
     assert planned == runner.plan(Sweep(seq=(64, 128, 256)))
+
+
+def test_backends_of_a_layer_run_side_by_side() -> None:
+    """``best`` resolves, each once; a layer that has only some runs those, one that has none says so."""
+
+    def planned(**fields) -> list[tuple[str, str]]:
+        return [(c.layer, c.backend) for c in cases(Sweep(seq=(64,), workloads=("throughput",), **fields))]
+
+    peer = "peer:fla-gdn"
+    assert planned(layers=("gdn", peer), backend=("best", "eager", "reference")) == [
+        ("gdn", "eager"),
+        ("gdn", "reference"),
+        (peer, "theirs"),
+    ]
+    assert planned(layers=("gdn", peer), backend=("reference",)) == [
+        ("gdn", "reference"),
+        (peer, "reference"),
+    ]

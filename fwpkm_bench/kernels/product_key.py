@@ -10,14 +10,15 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
-def _staircase(topk: int) -> tuple[list[int], list[int]]:
-    """The pairs (a, b) of ranks that can be among the best ``topk`` sums of two descending lists.
+def _staircase(topk: int, device: torch.device) -> Tensor:
+    """The pairs (a, b) of ranks that can be among the best ``topk`` sums of two descending lists, ``[P, 2]``.
 
     Rank pair (a, b) is beaten by the (a+1)(b+1)-1 pairs above and left of it, so only those with
     (a+1)(b+1) <= topk count: 20 of 64 for k = 8, 119 of 1,024 for k = 32.
     """
     pairs = [(a, b) for a in range(topk) for b in range(topk // (a + 1))]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    with torch.inference_mode(False):  # the tensor outlives the mode it was first asked for in
+        return torch.tensor(pairs, device=device)
 
 
 def product_topk(scores: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,12 +31,13 @@ def product_topk(scores: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tenso
 
     Returns:
         Slot scores ``[..., k]``, best first; slot indices ``[..., k]`` int64, ``i1 * n + i2``; and the
-        ranks ``[..., k, 2]`` in the two lists that each slot came from.
+        ranks ``[..., 2, k]`` in the two lists that each slot came from.
     """
     topk = scores.shape[-1]
-    first, second = (torch.tensor(r, device=scores.device) for r in _staircase(topk))
+    pairs = _staircase(topk, scores.device)
+    first, second = pairs.unbind(1)
     sums = scores[..., 0, :].index_select(-1, first) + scores[..., 1, :].index_select(-1, second)
     best, pair = sums.topk(topk, dim=-1)
-    ranks = torch.stack((first[pair], second[pair]), dim=-1)
-    slots = indices[..., 0, :].gather(-1, ranks[..., 0]) * n + indices[..., 1, :].gather(-1, ranks[..., 1])
-    return best, slots, ranks
+    ranks = pairs[pair].transpose(-1, -2)
+    first, second = indices.gather(-1, ranks).unbind(-2)
+    return best, torch.add(second, first, alpha=n), ranks

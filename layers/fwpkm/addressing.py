@@ -16,7 +16,9 @@ from fwpkm_bench.kernels.product_key import product_topk
 from .reference import EPSILON, LOG_EPSILON, write_coefficient
 from .settings import MemorySettings
 
-CLOSE = 1 / 16  # squared distances under this share of |q|^2 + |K|^2 are computed again, without cancellation
+# Squared distances under this share of |q|^2 are computed again, without cancellation. Beyond it,
+# |K| <= |q| + |q - K| keeps what cancels, |q|^2 + |K|^2, under 26 times the distance.
+CLOSE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Addresses:
 
     subkeys: Tensor  # [B, L, H, 2, k]
     scores: Tensor  # [B, L, H, 2, k]: of those sub-keys, best first
-    ranks: Tensor  # [B, L, H, k, 2]: of each slot's sub-keys among those
+    ranks: Tensor  # [B, L, H, 2, k]: of each slot's sub-keys among those
     slots: Tensor  # [B, L, H, k]: within the memory of the sequence
     weights: Tensor  # [B, L, H, k]
 
@@ -35,25 +37,28 @@ class Addresses:
         return type(self)(*(part[:, which] for part in parts))
 
 
-def address(query: Tensor, keys: Tensor, settings: MemorySettings) -> Addresses:
+def square_norms(keys: Tensor) -> Tensor:
+    """``|K|^2 [S*H*2, n]`` of ``keys [S, H, 2, n, h]``."""
+    return keys.square().sum(-1).flatten(0, 2)
+
+
+def address(query: Tensor, keys: Tensor, key_norms: Tensor, settings: MemorySettings) -> Addresses:
     """The slots and weights of ``query [B, L, H*key_dim]`` under ``keys [S, H, 2, n, h]``.
 
-    The nearest sub-keys are found by one matrix product, ``|q - K|^2 = |q|^2 + |K|^2 - 2 q.K``.
+    The nearest sub-keys are found by one matrix product, ``|q - K|^2 = |q|^2 + |K|^2 - 2 q.K``, with the
+    ``key_norms`` of `square_norms`, which outlive a call where the keys do.
     """
     batch, length, _ = query.shape
     memories, heads, _, n, h = keys.shape
     q = by_memory(query.reshape(batch, length, heads, 2, h), memories)
     k = keys.reshape(-1, n, h)
     if settings.score == "idw":
-        key_norms = k.square().sum(-1)
-        partial = torch.bmm(q, -2 * k.transpose(1, 2)).add_(key_norms.unsqueeze(1))
+        partial = torch.baddbmm(key_norms.unsqueeze(1), q, k.transpose(1, 2), alpha=-2)
         nearest, subkeys = partial.topk(settings.topk, dim=-1, largest=False)
         query_norms = q.square().sum(-1, keepdim=True)
         distance = nearest + query_norms
-        scale = query_norms + key_norms.gather(1, subkeys.flatten(1)).view_as(nearest)
-        close = distance < CLOSE * scale
-        if close.any():
-            pair, token, rank = close.nonzero(as_tuple=True)
+        pair, token, rank = (distance < CLOSE * query_norms).nonzero(as_tuple=True)
+        if pair.numel():
             exact = (q[pair, token] - k[pair, subkeys[pair, token, rank]]).square().sum(-1)
             distance[pair, token, rank] = exact
             distance, order = distance.sort(dim=-1)
@@ -62,14 +67,17 @@ def address(query: Tensor, keys: Tensor, settings: MemorySettings) -> Addresses:
     else:
         scores, subkeys = torch.bmm(q, k.transpose(1, 2)).topk(settings.topk, dim=-1)
     scores, subkeys = (by_token(t, batch, heads) for t in (scores, subkeys))
-    _, slots, ranks = product_topk(scores, subkeys, n)
-    return Addresses(subkeys, scores, ranks, slots, slot_weights(scores, ranks))
+    sums, slots, ranks = product_topk(scores, subkeys, n)
+    return Addresses(subkeys, scores, ranks, slots, _softmax(sums))
 
 
 def slot_weights(scores: Tensor, ranks: Tensor) -> Tensor:
     """One softmax over the H*k slots of a token, from the scores of their sub-keys: ``[B, L, H, k]``."""
-    halves = (scores[..., half, :].gather(-1, ranks[..., half]) for half in (0, 1))
-    sums = sum(halves, start=torch.zeros((), dtype=scores.dtype, device=scores.device))
+    return _softmax(scores.gather(-1, ranks).sum(-2))
+
+
+def _softmax(sums: Tensor) -> Tensor:
+    """Over the last two of the dimensions of ``[B, L, H, k]``."""
     return sums.flatten(-2).softmax(-1).view_as(sums)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import addressing, reference
+from . import reference
 from .functional import fwpkm, init_state
 from .settings import MemorySettings, Settings
 from .state import EagerState, FwPKMState
@@ -64,8 +64,7 @@ class FwPKMCore:
     def read(self, state: CoreState, queries: Tensor) -> Tensor:
         query = queries.repeat(1, self.heads).unsqueeze(0)
         if isinstance(state.memory, EagerState):
-            at = addressing.address(query, state.memory.keys, self.memory_settings)
-            return state.memory.read(at.slots, at.weights)[0]
+            return state.memory.read(state.memory.address(query)).v_hat[0]
         keys, values = state.memory.materialize()
         return reference.read(reference.address(query, keys[0], self.memory_settings), values[0])[0]
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .addressing import Addresses, address, update_keys
+from .addressing import Addresses, update_keys
 from .reference import write_coefficient
-from .state import EagerState
+from .state import EagerState, Read
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,6 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Peek:
-    """Reads that were not written with their chunk."""
-
-    at: Addresses
-    row: Tensor  # [B, M, H*k] in the overlay, -1 where the initial table was read
-    values: Tensor  # [B, M, H*k, value_dim] what they read
-
-
-@dataclass(frozen=True)
 class Chunk:
     """One step of a call, as its backward needs it: the tokens of ``at`` end at query ``stop``."""
 
@@ -50,7 +41,7 @@ class Chunk:
     at: Addresses
     keys: Tensor  # before the chunk's write
     written: Written | None
-    peek: Peek | None
+    peek: Read | None
 
 
 @dataclass
@@ -78,9 +69,9 @@ def run(
     settings = state.settings
     batch, tokens, _ = query.shape
     state.reserve(tokens)
-    retrieved = torch.empty_like(target)
-    slots = torch.empty((batch, tokens, state.heads, settings.topk), dtype=torch.int64, device=query.device)
-    weights = torch.empty(slots.shape, dtype=query.dtype, device=query.device)
+    retrieved: list[Tensor] = []
+    slots: list[Tensor] = []
+    weights: list[Tensor] = []
     losses: list[Tensor] = []
     entropy: list[Tensor] = []
     start = 0
@@ -97,21 +88,22 @@ def run(
             losses.append(chunk_losses)
             entropy.append(chunk_entropy)
         else:
-            at = address(query[:, piece], state.keys, settings)
-            v_hat = state.read(at.slots, at.weights)
+            at = state.address(query[:, piece])
+            peek = state.read(at)
+            v_hat = peek.v_hat
             if tape is not None:
-                peek = Peek(at, *state.gather(at.slots))
                 tape.chunks.append(Chunk(tape.waiting + stop, stop - start, 0, at, state.keys, None, peek))
         new = slice(v_hat.shape[1] - (stop - start), None)
-        retrieved[:, piece] = v_hat[:, new]
-        slots[:, piece], weights[:, piece] = at.slots[:, new], at.weights[:, new]
+        retrieved.append(v_hat[:, new])
+        slots.append(at.slots[:, new])
+        weights.append(at.weights[:, new])
         start = stop
     return {
-        "retrieved": retrieved,
-        "slots": slots,
-        "weights": weights,
+        "retrieved": _joined(retrieved),
+        "slots": _joined(slots),
+        "weights": _joined(weights),
         "losses": torch.cat(losses, 1) if losses else gate.new_zeros((batch, 0)),
-        "entropy": torch.stack(entropy, 1) if entropy else gate.new_zeros((len(state.keys), 0)),
+        "entropy": torch.stack(entropy, 1) if entropy else gate.new_zeros((state.keys.shape[0], 0)),
     }
 
 
@@ -129,13 +121,11 @@ def _write_pending(
     length, own = query.shape[1], target.shape[1]
     pairs = max(0, length - settings.lookahead)
     keys = state.keys
-    at = address(query, keys, settings)
+    at = state.address(query)
     parts, losses, written, peek = [], gate[:, :0], None, None
     if pairs < length:
-        rest = at.tokens(slice(pairs, None))
-        parts.append(state.read(rest.slots, rest.weights))
-        if tape is not None:
-            peek = Peek(rest, *state.gather(rest.slots))
+        peek = state.read(at.tokens(slice(pairs, None)))
+        parts.append(peek.v_hat)
     if pairs:
         scale = gate.new_ones(len(keys))
         if settings.boundary == "drop" and mask is None:
@@ -153,7 +143,7 @@ def _write_pending(
     if tape is not None:
         tape.chunks.append(Chunk(tape.waiting + stop, new, own, at, keys, written, peek))
     state.keep_last(settings.lookahead if settings.boundary == "carry" else 0)
-    return torch.cat(parts, 1), at, losses, entropy
+    return _joined(parts), at, losses, entropy
 
 
 def _read_and_write(
@@ -183,7 +173,7 @@ def _read_and_write(
         per_sample_weights=weights.reshape(-1, per_token),
     ).view(batch, pairs, -1)
     difference = v_hat - target
-    losses = gate * difference.square().mean(-1)
+    losses = gate * torch.linalg.vecdot(difference, difference) / difference.shape[-1]
 
     counts = sizes
     if settings.boundary == "drop":  # the chunk's other reads count too
@@ -193,13 +183,24 @@ def _read_and_write(
     memory = torch.div(distinct, len(state.initial_values), rounding_mode="floor")
     rate = settings.learning_rate * scale[memory] / counts
     starts = sizes.cumsum(0) - sizes
+    coefficient = write_coefficient(weights, settings.write_rule) * gate.view(batch, pairs, 1, 1)
     change = F.embedding_bag(
         torch.div(order, per_token, rounding_mode="floor"),
-        (difference * gate.unsqueeze(-1)).reshape(batch * pairs, -1),
+        difference.view(batch * pairs, -1),
         starts,
         mode="sum",
-        per_sample_weights=write_coefficient(weights, settings.write_rule).flatten()[order],
+        per_sample_weights=coefficient.flatten()[order] * -rate[sorted_group],
     )
-    before = state.rows[rows] if record else state.rows[:0]
-    state.rows.index_add_(0, rows, change.mul_(rate.unsqueeze(-1)), alpha=-1)
+    before = state.rows.index_select(0, rows) if record else state.rows[:0]
+    add_rows(state.rows, rows, change)
     return v_hat, losses, Written(rows, group, order, starts, rate, difference, before)
+
+
+def add_rows(table: Tensor, rows: Tensor, change: Tensor) -> None:
+    """``table[rows] += change``, the rows distinct. On a CPU `index_add_` takes twice as long."""
+    table.scatter_add_(0, rows.unsqueeze(-1).expand_as(change), change)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``parts [B, ...]`` one after another; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

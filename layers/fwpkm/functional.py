@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, S memories (B, or 1 where they share one), H head
 h = key_dim / 2, k = top-k, P written pairs.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +93,28 @@ def fwpkm(
         boundary=boundary,
         scope=scope,
     )
-    _check_shapes(query, target, gate, keys, values, mask, topk)
+    return run_memory(query, target, gate, keys, values, settings, mask, state, backend)
+
+
+def run_memory(
+    query: Tensor,
+    target: Tensor,
+    gate: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    settings: MemorySettings,
+    mask: Tensor | None,
+    state: FwPKMState | None,
+    backend: str,
+) -> FwPKMOutput:
+    """`fwpkm` with the ``settings`` made and checked before."""
+    _check_shapes(query, target, gate, keys, values, mask, settings.topk)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     batch, tokens, _ = query.shape
     state = init_state(keys, values, batch, settings, backend) if state is None else state
     _check_state(state, keys, values, batch, settings, backend)
-    with torch.autocast(query.device.type, enabled=False):
+    with _full_precision(query.device.type):
         kind = fast_dtype(keys)
         gate = query.new_ones(batch, tokens) if gate is None else gate
         mask = None if mask is None else mask.to(kind)
@@ -113,6 +129,11 @@ def fwpkm(
         losses=out["losses"],
         addressing_loss=entropy.mean() if entropy.numel() else entropy.new_zeros(()),
     )
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    """Autocast off, where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def fast_dtype(keys: Tensor) -> torch.dtype:
@@ -186,7 +207,7 @@ def _check_shapes(
     if keys.ndim != 4 or keys.shape[1] != 2 or 0 in keys.shape or not keys.is_floating_point():
         raise refuse("keys", keys, "[H, 2, n, key_dim / 2] floating point")
     heads, _, n, h = keys.shape
-    if values.ndim != 2 or len(values) != n * n or 0 in values.shape or not values.is_floating_point():
+    if values.ndim != 2 or values.shape[0] != n * n or 0 in values.shape or not values.is_floating_point():
         raise refuse(
             "values", values, f"[{n * n}, value_dim] floating point, one row for each pair of sub-keys"
         )
@@ -224,7 +245,7 @@ def _check_state(
             f"state is a {type(state).__name__}; backend {backend!r} goes on from a {kind.__name__}"
         )
     check_unspent(state)
-    if state.settings != settings:
+    if state.settings is not settings and state.settings != settings:
         raise ValueError(f"state was made with {state.settings}; it must be made with {settings}")
     if state.batch != batch:
         raise ValueError(f"state is of {state.batch} sequences; query has {batch}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..contract import Cost, SequenceLayer, linear_flops
 from . import reference
 from .core import FwPKMCore, initial_memory, memory_settings
-from .functional import FwPKMOutput, fwpkm, init_state
+from .functional import FwPKMOutput, init_state, run_memory
 from .settings import Settings
 from .state import EagerState, FwPKMState, ReferenceState
 
@@ -50,14 +50,14 @@ class FwPKM(SequenceLayer):
         keys, values = initial_memory(settings)
         self.keys = nn.Parameter(keys)
         self.values = nn.Parameter(values)
+        self.memory_settings = memory_settings(settings)
 
     def init_state(self, batch_size: int) -> FwPKMState:
-        settings = memory_settings(self.settings)
-        return init_state(self.keys, self.values, batch_size, settings, self.backend)
+        return init_state(self.keys, self.values, batch_size, self.memory_settings, self.backend)
 
     def state_from(self, tensors: dict[str, Tensor]) -> FwPKMState:
         """The state that `FwPKMState.tensors` took apart; the initial table is this layer's ``values``."""
-        settings = memory_settings(self.settings)
+        settings = self.memory_settings
         if "slots" not in tensors:
             parts = (tensors[name].to(self.keys.device) for name in reference.Memory.__dataclass_fields__)
             return ReferenceState([reference.Memory(*p) for p in zip(*parts, strict=True)], settings)
@@ -71,7 +71,7 @@ class FwPKM(SequenceLayer):
         Without gradients a long sequence passes through in segments, whose intermediates stay in the cache.
         """
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if whole or self.settings.boundary == "drop":
+        if whole or self.settings.boundary == "drop" or x.shape[1] == 1:
             y, out = self.forward_detailed(x, state)
             return y, out.state
         self.check_input(x)
@@ -93,30 +93,20 @@ class FwPKM(SequenceLayer):
     ) -> tuple[Tensor, FwPKMOutput]:
         """`forward`, with all that the memory returned. ``mask [B, T]``: 0 for tokens not to be learned."""
         self.check_input(x)
-        # The three norms of x differ in their weights alone, which move into the projections.
-        x = F.rms_norm(x, x.shape[-1:], eps=self.query_norm.eps)
-        query = F.linear(x, self.query.weight * self.query_norm.weight)
-        value = z_score(F.linear(x, self.value.weight * self.value_norm.weight))
-        gate_weight = (self.gate.weight * self.gate_norm.weight).mean(0)
-        gate = (F.linear(x, gate_weight.unsqueeze(0)).squeeze(-1) + self.gate.bias.mean()).sigmoid()
-        memory = fwpkm
+        x = unit_rms(x)  # once for the three norms, which differ in their weights alone
+        query = _project(x, self.query_norm.weight, self.query.weight)
+        value = z_score(_project(x, self.value_norm.weight, self.value.weight))
+        gate = _project(x, self.gate_norm.weight, self.gate.weight, self.gate.bias).mean(-1).sigmoid()
+        memory = run_memory
         if torch.compiler.is_compiling():
-            from .opaque import fwpkm_opaque
+            from .opaque import memory_opaque
 
-            memory = fwpkm_opaque
+            memory = memory_opaque
         out = memory(
-            query,
-            value,
-            gate,
-            self.keys,
-            self.values,
-            **vars(memory_settings(self.settings)),
-            mask=mask,
-            state=state,
-            backend=self.backend,
+            query, value, gate, self.keys, self.values, self.memory_settings, mask, state, self.backend
         )
         mixed = torch.lerp(value, out.retrieved, gate.unsqueeze(-1))
-        return self.output(self.output_norm(mixed)), out
+        return _project(unit_rms(mixed), self.output_norm.weight, self.output.weight), out
 
     def cost(self, batch: int, seq: int) -> Cost:
         """Scores of all sub-keys, key gradients of the selected ones, and a multiply-add a feature for each
@@ -133,8 +123,22 @@ class FwPKM(SequenceLayer):
         return Cost(tokens * flops, 4 * moved)
 
 
+def _project(x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear(x * scale)``; the scale moves into the weight where that is the smaller of the two."""
+    if x.numel() <= weight.numel():
+        return F.linear(x * scale, weight, bias)
+    return F.linear(x, weight * scale, bias)
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """`torch.nn.RMSNorm` without its weight, in float32 at least; torch's takes twice as long here."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return (wide * (mean_square + torch.finfo(wide.dtype).eps).rsqrt()).to(x.dtype)
+
+
 def z_score(value: Tensor) -> Tensor:
     """``(v - mean) / (std + 1e-6)`` over the features, std unbiased."""
     centred = value - value.mean(-1, keepdim=True)
-    std = (centred.square().sum(-1, keepdim=True) / (value.shape[-1] - 1)).sqrt()
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * (value.shape[-1] - 1) ** -0.5
     return centred / (std + 1e-6)

@@ -5,14 +5,15 @@ h = key_dim / 2, R touched slots, l lookahead.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import tensor_bytes
 from . import reference
+from .addressing import Addresses, address, square_norms
 from .settings import MemorySettings
 
 
@@ -104,6 +105,16 @@ class ReferenceState:
         return type(self)([cut(memory) for memory in self.memories], self.settings)
 
 
+@dataclass(frozen=True)
+class Read:
+    """Reads that were not written with their chunk."""
+
+    v_hat: Tensor  # [B, M, value_dim]
+    at: Addresses
+    row: Tensor  # [B, M, H*k] in the overlay, -1 where the initial table was read
+    values: Tensor  # [B, M, H*k, value_dim] what they read
+
+
 class EagerState:
     """Touched rows over a shared initial table.
 
@@ -125,6 +136,8 @@ class EagerState:
         self.row_of_slot = torch.full((memories * len(values),), -1, dtype=torch.int32, device=values.device)
         self.carried = 0  # queries whose target lies beyond the last written chunk
         self.pending_tokens = 0
+        self._norms_of: Tensor | None = None
+        self._key_norms = self.keys[..., 0]
         self._query = keys.new_empty((batch, 0, keys.shape[0] * 2 * keys.shape[-1]))  # the carried ones first
         self._gate = keys.new_empty((batch, 0))
         self._target = keys.new_empty((batch, 0, values.shape[1]))
@@ -152,6 +165,12 @@ class EagerState:
         self.pending_tokens, self.carried = target.shape[1], query.shape[1] - target.shape[1]
         self.set_pending(query, gate, target)
 
+    def address(self, query: Tensor) -> Addresses:
+        """Where ``query [B, L, H*key_dim]`` reads under the keys as they are."""
+        if self._norms_of is not self.keys:  # keys are replaced, never written
+            self._key_norms, self._norms_of = square_norms(self.keys), self.keys
+        return address(query, self.keys, self._key_norms, self.settings)
+
     @property
     def heads(self) -> int:
         return self.keys.shape[1]
@@ -162,7 +181,7 @@ class EagerState:
 
     def table_slots(self, slots: Tensor) -> Tensor:
         """``slots [B, ...]`` of each sequence's memory as places in ``row_of_slot``."""
-        if len(self.keys) == 1:
+        if self.keys.shape[0] == 1:
             return slots
         memory = torch.arange(len(slots), device=slots.device) * len(self.initial_values)
         return slots + memory.view(-1, *([1] * (slots.ndim - 1)))
@@ -202,32 +221,14 @@ class EagerState:
             rows = self.row_of_slot[distinct]
         return rows.long()
 
-    def read(self, slots: Tensor, weights: Tensor) -> Tensor:
-        """``sum_i w_i V[i]`` for ``slots, weights [B, L, H, k]``; nothing is claimed."""
-        per_token = slots.shape[2] * slots.shape[3]
-        row = self.row_of_slot[self.table_slots(slots)].long().view(-1, per_token)
-        weights = weights.reshape(-1, per_token)
-        touched = row >= 0
-        places = slots.reshape(-1, per_token)
-        initial = self.initial_values
-        if initial.dtype != weights.dtype:  # a half-precision table is read in the precision of the weights
-            return torch.einsum("nk,nkd->nd", weights, self.gather(slots)[1].flatten(0, 1)).view(
-                *slots.shape[:2], -1
-            )
-        untouched = weights.masked_fill(touched, 0)
-        out = F.embedding_bag(places, initial, mode="sum", per_sample_weights=untouched)
-        if self.used_rows:
-            kept = weights.masked_fill(~touched, 0)
-            out += F.embedding_bag(row.clamp_(min=0), self.rows, mode="sum", per_sample_weights=kept)
-        return out.view(*slots.shape[:2], -1)
-
-    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """For ``slots [B, M, H, k]``: rows of the overlay ``[B, M, H*k]``, -1 where untouched, and values."""
-        row = self.row_of_slot[self.table_slots(slots)].long().flatten(2)
-        values = self.initial_values[slots.flatten(2)].to(self.rows.dtype)
-        touched = row >= 0
-        values[touched] = self.rows[row[touched]]
-        return row, values
+    def read(self, at: Addresses) -> Read:
+        """``sum_i w_i V[i]`` at ``at``, where nothing is claimed."""
+        row = self.row_of_slot[self.table_slots(at.slots)].long().flatten(2)
+        rows = self.initial_values.index_select(0, at.slots.flatten()).to(self.rows.dtype)
+        touched = (row.flatten() >= 0).nonzero().squeeze(-1)
+        rows.index_copy_(0, touched, self.rows.index_select(0, row.flatten()[touched]))
+        rows = rows.view(*row.shape, -1)
+        return Read((at.weights.flatten(2).unsqueeze(2) @ rows).squeeze(2), at, row, rows)
 
     def append(self, query: Tensor, gate: Tensor, target: Tensor) -> None:
         """Make tokens ``[B, p, ...]`` pending."""

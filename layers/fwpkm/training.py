@@ -18,10 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from . import eager
 from .addressing import address_backward
-from .eager import Chunk, Peek, Tape, Written
+from .eager import Chunk, Tape, Written
 from .reference import write_coefficient
 from .settings import MemorySettings
-from .state import EagerState
+from .state import EagerState, Read
 
 
 def needs_gradient(state: EagerState, *tensors: Tensor) -> bool:
@@ -194,19 +194,20 @@ class _Walk:
         first = chunk.stop - chunk.at.weights.shape[1]
         gate = self.gate[:, first : first + pairs].unsqueeze(-1)
         difference = written.difference
-        after = self.drows[written.rows].mul_(-written.rate.unsqueeze(-1))  # D [U, value_dim]
+        after = self.drows.index_select(0, written.rows)  # dV [U, value_dim]; D = -rate dV
         group = written.group.view(-1, per_token)
-        coefficient = write_coefficient(weights, self.settings.write_rule)
-        derror = F.embedding_bag(
-            group, after, mode="sum", per_sample_weights=coefficient.reshape(-1, per_token)
-        ).view_as(difference)
-        dcoefficient = _dots(after, group, gate * difference).view(weights.shape)
+        step = -written.rate[group]
+        coefficient = write_coefficient(weights, self.settings.write_rule).reshape(-1, per_token)
+        derror = F.embedding_bag(group, after, mode="sum", per_sample_weights=coefficient * step).view_as(
+            difference
+        )
+        dcoefficient = _dots(after, group, gate * difference).mul_(step).view(weights.shape)
         dgate = (difference * derror).sum(-1)
         ddifference = gate * derror
         dlosses = self._next_losses(pairs)
         if dlosses is not None:
             features = difference.shape[-1]
-            dgate = dgate + dlosses * difference.square().mean(-1)
+            dgate = dgate + dlosses * torch.linalg.vecdot(difference, difference) / features
             ddifference = ddifference + (2 / features) * dlosses.unsqueeze(-1) * gate * difference
         self.dgate[:, first : first + pairs] += dgate
         stop = chunk.stop - self.ctx.target_offset
@@ -219,10 +220,10 @@ class _Walk:
             mode="sum",
             per_sample_weights=weights.flatten()[written.order],
         )
-        self.drows.index_add_(0, written.rows, back)
+        eager.add_rows(self.drows, written.rows, back)
         return dcoefficient, _dots(written.before, group, dv_hat).view(weights.shape)
 
-    def _unpeek(self, peek: Peek, dv_hat: Tensor) -> Tensor:
+    def _unpeek(self, peek: Read, dv_hat: Tensor) -> Tensor:
         """Reads that were not written: the gradient to their weights."""
         batch, count, heads, k = peek.at.weights.shape
         spread = peek.at.weights.reshape(batch, count, -1, 1) * dv_hat.unsqueeze(2)  # [B, M, H*k, value_dim]
