@@ -66,8 +66,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        """For people: ``fwpkm prefill 4k``."""
-        return " ".join(filter(None, (self.layer, self.mode or self.workload, format_length(self.seq))))
+        """For people: ``fwpkm eager prefill 4k``."""
+        return f"{self.layer} {self.backend} {self.mode or self.workload} {format_length(self.seq)}"
 
 
 @dataclass(frozen=True, kw_only=True)
