@@ -259,6 +259,36 @@ def list_command() -> None:
 
 
 @main.command()
+@click.option("--device", default="cpu", help="cpu (default) or cuda.")
+@click.option("--layers", "--layer", callback=_names, metavar="NAMES", help="Which layers (default: all).")
+@click.option("--backend", callback=_names, metavar="NAMES", help="Which backends (default: all).")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the inputs (default: a fresh one).")
+def verify(
+    device: str, layers: tuple[str, ...] | None, backend: tuple[str, ...] | None, seed: int | None
+) -> int:
+    """Hold every backend of every layer to its reference on a device: outputs, gradients, states.
+
+    Exits with 1 where one is wrong or fails, and with 4 where none could be checked.
+    """
+    import secrets
+
+    from fwpkm_bench import catalog, report
+    from fwpkm_bench import verify as verification
+    from fwpkm_bench.run import check_device
+
+    check_device(device)
+    chosen = layers or tuple(catalog.layer_names())
+    for name in chosen:
+        catalog.check_layer(name)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    checks = verification.verify(chosen, backend or (), device, seed)
+    report.print_checks(checks, seed)
+    if any(check.status in ("wrong", "failed") for check in checks):
+        return 1
+    return 0 if any(check.status == "ok" for check in checks) else 4
+
+
+@main.command()
 def doctor() -> None:
     """Say what is installed, which devices are there, and which backends can run, or why not."""
     from fwpkm_bench import report

@@ -14,6 +14,20 @@ class Measurement:
     warmup_ms: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Check:
+    """One quantity of one backend, or the reason why there is none."""
+
+    layer: str
+    backend: str
+    dtype: str
+    what: str
+    error: float | None  # |mine - reference| / |reference|, both in the Euclidean norm
+    allowed: float | None
+    status: str  # "ok", "wrong", "failed" or "skipped"
+    reason: str = ""
+
+
 class UnsupportedError(Exception):
     """The layer cannot do what the case asks; becomes a row with status ``unsupported``."""
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
+from fwpkm_bench.measurement import Check
 from fwpkm_bench.plot import by_mode, byte_name, picture_suffix
 from fwpkm_bench.store import read_run, write_atomically
 from fwpkm_bench.tables import labels, length_name, ratios
@@ -160,6 +161,27 @@ def machine_line(environment: dict[str, Any]) -> str:
         f"{gpus}{environment['cpu']}, {cores} cores, {memory:.0f} GiB; "
         f"Python {environment['python']}, torch {versions['torch']}; {commit}"
     )
+
+
+WIDE = 160  # columns that a table of checks may take: a reason stays on its line
+
+
+def print_checks(checks: list[Check], seed: int) -> None:
+    """One line a quantity: its relative error and what is allowed; then how to see it again."""
+    console = Console(highlight=False, width=WIDE)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "backend", "dtype", "what", "relative error", "allowed", ""):
+        side: JustifyMethod = "right" if heading in ("relative error", "allowed") else "left"
+        table.add_column(heading, justify=side, no_wrap=True)
+    for check in checks:
+        numbers = ("" if x is None else f"{x:.1e}" for x in (check.error, check.allowed))
+        said = escape(": ".join(filter(None, (check.status, check.reason))))
+        table.add_row(check.layer, check.backend, check.dtype, check.what, *numbers, said)
+    console.print(table)
+    statuses = [check.status for check in checks]
+    counts = {status: statuses.count(status) for status in ("ok", "wrong", "failed", "skipped")}
+    summed = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+    console.print(f"{summed or 'nothing to check'} (--seed {seed})")
 
 
 def print_doctor() -> None:

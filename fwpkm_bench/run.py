@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fwpkm_bench.errors import UsageError
+from fwpkm_bench.errors import UsageError, choose
 from fwpkm_bench.executors.local import LocalExecutor
 from fwpkm_bench.measure.environment import describe
-from fwpkm_bench.spec import Case, Sweep, cases
+from fwpkm_bench.spec import DEVICES, Case, Sweep, cases
 from fwpkm_bench.store import RunFolder
 from fwpkm_bench.tables import write_tables
 
@@ -38,7 +38,7 @@ def plan(sweep: Sweep) -> list[Case]:
 
     So all layers are measured side by side at each length, and a drift of the machine hits all alike.
     """
-    check_device(sweep)
+    check_device(sweep.device)
     shuffle = random.Random(sweep.digest)
     planned: list[Case] = []
     for _, group in itertools.groupby(cases(sweep), key=lambda case: case.seq):
@@ -48,9 +48,10 @@ def plan(sweep: Sweep) -> list[Case]:
     return planned
 
 
-def check_device(sweep: Sweep) -> None:
+def check_device(device: str) -> None:
     """Refuse a device that is not there."""
-    if sweep.device == "cuda":
+    choose("device", device, DEVICES)
+    if device == "cuda":
         import torch
 
         if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -231,6 +232,11 @@ def cases(sweep: Sweep) -> list[Case]:
     known_backends = sorted({backend for layer in layers.values() for backend in layer.backends})
     for backend in sweep.backend:
         choose("backend", backend, [BEST, *known_backends])
+    if "triton" in sweep.backend and sweep.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(
+            "backend triton needs --device cuda; on a CPU its kernels run only interpreted, "
+            "with TRITON_INTERPRET=1 in the environment, for tests"
+        )
 
     size = sweep.size or ("paper" if sweep.device == "cuda" else "laptop")
     found: dict[str, Case] = {}
@@ -239,7 +245,7 @@ def cases(sweep: Sweep) -> list[Case]:
         wanted = [mode for mode in workloads[workload].MODES if not mode or mode in sweep.modes]
         for mode, backend, own, extra in itertools.product(
             wanted,
-            _backends(sweep, layers[layer]),
+            _backends(sweep, layers[layer], dtype),
             _variants(sweep, layer, layers[layer].sizes.get(size) or layers[layer].Settings()),
             _variants(sweep, workload, workloads[workload].Settings()),
         ):
@@ -261,16 +267,11 @@ def cases(sweep: Sweep) -> list[Case]:
     return list(found.values())
 
 
-def _backends(sweep: Sweep, layer: Any) -> list[str]:
+def _backends(sweep: Sweep, layer: Any, dtype: str) -> list[str]:
     """Those of the sweep's that ``layer`` has, each once; the first where it has none, to be told so."""
-    asked = [default_backend(layer, sweep.device) if name == BEST else name for name in sweep.backend]
+    best = layer.best_backend(sweep.device, dtype)
+    asked = [best if name == BEST else name for name in sweep.backend]
     return list(dict.fromkeys(name for name in asked if name in layer.backends)) or asked[:1]
-
-
-def default_backend(layer: Any, device: str) -> str:
-    """The fastest implementation that ``layer`` has for ``device``."""
-    order = ("triton", "eager") if device == "cuda" else ("eager",)
-    return next((name for name in order if name in layer.backends), layer.backends[0])
 
 
 def _check_setting_names(sweep: Sweep, owners: dict[str, Any]) -> None:

@@ -78,6 +78,8 @@ class SequenceLayer(nn.Module):
     backends: ClassVar[tuple[str, ...]]  # the implementations, "reference" first
     memory_core: ClassVar[Callable[..., MemoryCore]]  # (settings, key_dim=, value_dim=, backend=, generator=)
 
+    half_backends: ClassVar[tuple[str, ...]] = ()  # those that compute in half precision alone on a GPU
+
     settings: Any
     backend: str
 
@@ -87,6 +89,12 @@ class SequenceLayer(nn.Module):
             raise ValueError(f"backend is {backend!r}; {type(self).__name__} has {', '.join(self.backends)}")
         self.settings = settings
         self.backend = backend
+
+    @classmethod
+    def best_backend(cls, device: str, dtype: str) -> str:
+        """The fastest implementation for ``device`` ("cpu" or "cuda") and ``dtype`` ("float32", ...)."""
+        order = ("triton", "eager") if device == "cuda" else ("eager",)
+        return next((name for name in order if name in cls.backends), cls.backends[0])
 
     def init_state(self, batch_size: int) -> Any:
         """The state before the first token of ``batch_size`` sequences."""

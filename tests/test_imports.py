@@ -13,15 +13,19 @@ RANK = [  # a module imports only from lines below its own
     {"__main__"},
     {"cli"},
     {"display", "report"},
-    {"run", "plot"},
+    {"run", "plot", "verify"},
     {"palette"},
     {"executors.local", "tables"},
     {"worker", "store"},
     {"workloads.throughput", "workloads.recall"},
     {"measure.ceilings"},
+    {"measure.kernel_calls"},
+    {"measure.compiled"},
     {"spec", "measure.timing", "measure.memory", "measure.environment", "stats"},
     {"catalog", "measurement", "ranges"},
-    {"errors", "kernels.product_key", "kernels.slots"},
+    {"kernels.product_key_triton", "kernels.rows_triton"},
+    {"errors", "kernels.product_key", "kernels.slots", "kernels.triton_support", "kernels.triton_blocks"},
+    {"kernels.fla_support"},
 ]
 
 

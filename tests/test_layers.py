@@ -13,6 +13,7 @@ SMALL = {"width": 16, "heads": 2, "kv_heads": 1, "head_dim": 8, "key_dim": 8, "v
     "topk": 3,
     "chunk_size": 5,
 }
+GPU_ALONE = [("gdn", "fla"), ("linear", "fla"), ("softmax", "cudnn"), ("softmax", "efficient")]
 # Both backends in float64 compute the same sums in another order.
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -26,7 +27,13 @@ def small(name: str, backend: str):
 
 
 def pairs() -> list[tuple[str, str]]:
-    return [(name, b) for name in catalog.layer_names() for b in catalog.load_layer(name).backends]
+    every = [(name, b) for name in catalog.layer_names() for b in catalog.load_layer(name).backends]
+    return every if torch.cuda.is_available() else [pair for pair in every if pair not in GPU_ALONE]
+
+
+def lengths(backend: str, *tokens: int) -> list[int]:
+    """Interpreted kernels take a millisecond a block: they get a quarter of the tokens."""
+    return [max(1, n // 4) if backend == "triton" else n for n in tokens]
 
 
 each = pytest.mark.parametrize(("name", "backend"), pairs(), ids=lambda v: v)
@@ -37,7 +44,7 @@ each = pytest.mark.parametrize(("name", "backend"), pairs(), ids=lambda v: v)
 def test_parity_with_the_reference(name: str, backend: str) -> None:
     oracle, layer = small(name, "reference"), small(name, backend)
     layer.load_state_dict(oracle.state_dict())
-    for batch, tokens in ((1, 1), (3, 77), (2, 130)):
+    for batch, tokens in zip((1, 3, 2), lengths(backend, 1, 77, 130), strict=True):
         x = torch.randn(batch, tokens, 16, dtype=torch.float64)
         torch.testing.assert_close(layer(x)[0], oracle(x)[0], **EXACT)
 
@@ -46,11 +53,12 @@ def test_parity_with_the_reference(name: str, backend: str) -> None:
 @torch.no_grad()
 def test_pieces_are_the_whole(name: str, backend: str) -> None:
     layer = small(name, backend)
-    x = torch.randn(2, 70, 16, dtype=torch.float64)
+    (end,) = lengths(backend, 70)
+    x = torch.randn(2, end, 16, dtype=torch.float64)
     whole, whole_state = layer(x)
-    for cuts in ((1, 2, 33, 64), range(1, 70), (5, 10)):
+    for cuts in ((1, 2, end // 2 - 2, end - 6), range(1, end), (5, 10)):
         state, pieces = layer.init_state(2), []
-        for start, stop in itertools.pairwise((0, *cuts, 70)):
+        for start, stop in itertools.pairwise((0, *cuts, end)):
             y, state = layer(x[:, start:stop], state)
             pieces.append(y)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, **EXACT)
@@ -78,18 +86,19 @@ def test_two_branches_of_a_state_do_not_meet(name: str, backend: str) -> None:
 @torch.no_grad()
 def test_causal(name: str, backend: str) -> None:
     layer = small(name, backend)
-    x = torch.randn(1, 60, 16, dtype=torch.float64)
+    end, now = lengths(backend, 60, 41)
+    x = torch.randn(1, end, 16, dtype=torch.float64)
     changed = x.clone()
-    changed[:, 41:] = torch.randn(1, 19, 16, dtype=torch.float64)
-    torch.testing.assert_close(layer(changed)[0][:, :41], layer(x)[0][:, :41], **EXACT)
-    assert (layer(changed)[0][:, 41:] - layer(x)[0][:, 41:]).abs().max() > 1e-3
+    changed[:, now:] = torch.randn(1, end - now, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer(changed)[0][:, :now], layer(x)[0][:, :now], **EXACT)
+    assert (layer(changed)[0][:, now:] - layer(x)[0][:, now:]).abs().max() > 1e-3
 
 
 @each
 @torch.no_grad()
 def test_sequences_of_a_batch_do_not_meet(name: str, backend: str) -> None:
     layer = small(name, backend)
-    x = torch.randn(3, 40, 16, dtype=torch.float64)
+    x = torch.randn(3, *lengths(backend, 40), 16, dtype=torch.float64)
     torch.testing.assert_close(layer(x[1:2])[0], layer(x)[0][1:2], **EXACT)
 
 
@@ -103,6 +112,17 @@ def test_bad_shapes_are_refused(name: str, backend: str) -> None:
         type(layer)(layer.settings, backend="cuda9")
     with torch.no_grad(), pytest.raises(ValueError, match=r"\b[23]\b"):
         layer(torch.zeros(2, 4, 16, dtype=torch.float64), layer.init_state(3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run here")
+@pytest.mark.parametrize(("name", "backend"), GPU_ALONE, ids=lambda v: v)
+def test_what_needs_a_gpu_says_so(name: str, backend: str) -> None:
+    layer = small(name, backend)
+    for seq in (1, 9):
+        with pytest.raises(
+            NotImplementedError, match=f"backend '{backend}' runs on a CUDA device, not on cpu"
+        ):
+            layer(torch.zeros(1, seq, 16, dtype=torch.float64))
 
 
 @each

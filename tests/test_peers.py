@@ -14,6 +14,7 @@ from fwpkm_bench import catalog, palette, plot, report, spec, tables
 from fwpkm_bench import run as runner
 from fwpkm_bench.cli import main
 from fwpkm_bench.errors import UsageError
+from fwpkm_bench.kernels import fla_support
 from fwpkm_bench.layers import peers
 from fwpkm_bench.layers.fwpkm import FwPKM
 from fwpkm_bench.layers.gdn import GatedDeltaNet
@@ -252,7 +253,7 @@ def test_authors_go_on_at_chunk_ends_alone() -> None:
 @pytest.mark.parametrize("name", NAMES[3:])
 def test_fla_wants_a_gpu(name: str) -> None:
     layer = peer(name, **HEADS)
-    with pytest.raises(NotImplementedError, match=f"{name} runs on cuda alone; this is cpu"):
+    with pytest.raises(NotImplementedError, match="backend 'fla' runs on a CUDA device, not on cpu"):
         layer(torch.randn(1, 4, 16))
 
 
@@ -267,9 +268,10 @@ def test_fla_is_our_layer(name: str, ours: type, monkeypatch) -> None:
         from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
         from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
 
-        monkeypatch.setattr(gated_delta_rule, "chunk_gated_delta_rule", naive_recurrent_gated_delta_rule)
+        for kernel in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+            monkeypatch.setattr(gated_delta_rule, kernel, naive_recurrent_gated_delta_rule)
         monkeypatch.setattr(linear_attn, "chunk_linear_attn", naive_recurrent_linear_attn)
-        monkeypatch.setattr(type(layer), "check", type(layer).check_input)
+        monkeypatch.setattr(fla_support, "require_fla", lambda device: None)
     oracle = ours(ours.Settings(**HEADS), backend="reference").to(device)
     oracle.load_state_dict(layer.ours.state_dict())
     x = torch.randn(2, 100, 16).to(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
-def _staircase(topk: int, device: torch.device) -> Tensor:
+def staircase(topk: int, device: torch.device) -> Tensor:
     """The pairs (a, b) of ranks that can be among the best ``topk`` sums of two descending lists, ``[P, 2]``.
 
     Rank pair (a, b) is beaten by the (a+1)(b+1)-1 pairs above and left of it, so only those with
@@ -34,7 +34,7 @@ def product_topk(scores: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tenso
         ranks ``[..., 2, k]`` in the two lists that each slot came from.
     """
     topk = scores.shape[-1]
-    pairs = _staircase(topk, scores.device)
+    pairs = staircase(topk, scores.device)
     first, second = pairs.unbind(1)
     sums = scores[..., 0, :].index_select(-1, first) + scores[..., 1, :].index_select(-1, second)
     best, pair = sums.topk(topk, dim=-1)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .backends import forward_of
 from .functional import fwpkm, init_state
+from .overlay import OverlayState
 from .settings import MemorySettings, Settings
-from .state import EagerState, FwPKMState
+from .state import FwPKMState
 
 
 @dataclass
@@ -63,8 +65,8 @@ class FwPKMCore:
     @torch.no_grad()
     def read(self, state: CoreState, queries: Tensor) -> Tensor:
         query = queries.repeat(1, self.heads).unsqueeze(0)
-        if isinstance(state.memory, EagerState):
-            return state.memory.read(state.memory.address(query)).v_hat[0]
+        if isinstance(state.memory, OverlayState):
+            return forward_of(self.backend).read(state.memory, query)[0]
         keys, values = state.memory.materialize()
         return reference.read(reference.address(query, keys[0], self.memory_settings), values[0])[0]
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addressing import Addresses, update_keys
+from .overlay import OverlayState, Read
 from .reference import write_coefficient
-from .state import EagerState, Read
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Tape:
 
 
 def run(
-    state: EagerState,
+    state: OverlayState,
     query: Tensor,
     target: Tensor,
     gate: Tensor,
@@ -107,8 +107,13 @@ def run(
     }
 
 
+def read(state: OverlayState, query: Tensor) -> Tensor:
+    """What ``query [B, L, H*key_dim]`` finds, ``[B, L, value_dim]``; nothing is written."""
+    return state.read(state.address(query)).v_hat
+
+
 def _write_pending(
-    state: EagerState, stop: int, new: int, mask: Tensor | None, tape: Tape | None
+    state: OverlayState, stop: int, new: int, mask: Tensor | None, tape: Tape | None
 ) -> tuple[Tensor, Addresses, Tensor, Tensor]:
     """Read all pending tokens, and the queries left over before them, then write them.
 
@@ -147,7 +152,7 @@ def _write_pending(
 
 
 def _read_and_write(
-    state: EagerState, at: Addresses, target: Tensor, gate: Tensor, *, scale: Tensor, record: bool
+    state: OverlayState, at: Addresses, target: Tensor, gate: Tensor, *, scale: Tensor, record: bool
 ) -> tuple[Tensor, Tensor, Written]:
     """Read the first P tokens of a chunk, whose targets ``[B, P, value_dim]`` have come, and write them.
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager, reference, training
+from . import reference
+from .backends import BACKENDS, SPARSE
+from .overlay import OverlayState
 from .settings import MemorySettings
-from .state import EagerState, FwPKMState, ReferenceState, check_unspent
-
-BACKENDS = ("reference", "eager")
+from .state import FwPKMState, ReferenceState, check_unspent
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def run_memory(
         gate = query.new_ones(batch, tokens) if gate is None else gate
         mask = None if mask is None else mask.to(kind)
         gate = gate.to(kind) if mask is None else gate.to(kind) * mask
-        after, out = _run(state, query.to(kind), target.to(kind), gate, mask)
+        after, out = _run(state, backend, query.to(kind), target.to(kind), gate, mask)
     entropy = out["entropy"]
     return FwPKMOutput(
         retrieved=out["retrieved"].to(target.dtype),
@@ -142,15 +142,15 @@ def fast_dtype(keys: Tensor) -> torch.dtype:
 
 
 def _run(
-    state: FwPKMState, query: Tensor, target: Tensor, gate: Tensor, mask: Tensor | None
+    state: FwPKMState, backend: str, query: Tensor, target: Tensor, gate: Tensor, mask: Tensor | None
 ) -> tuple[FwPKMState, dict[str, Tensor]]:
-    """Advance ``state`` with the implementation that it belongs to."""
+    """Advance ``state``; the sparse backends share one state and can take turns."""
     if isinstance(state, ReferenceState):
         return _run_reference(state, query, target, gate, mask)
-    assert isinstance(state, EagerState)
+    assert isinstance(state, OverlayState)
     after = state.successor()
-    run = training.run if training.needs_gradient(after, query, target, gate) else eager.run
-    return after, run(after, query, target, gate, mask)
+    after.backend = backend
+    return after, after.advance(query, target, gate, mask)
 
 
 def init_state(
@@ -158,8 +158,8 @@ def init_state(
 ) -> FwPKMState:
     """The memory of ``batch`` sequences before their first token."""
     keys = keys.to(fast_dtype(keys))
-    if backend == "eager":
-        return EagerState(keys, values, batch, settings)
+    if backend in SPARSE:
+        return OverlayState(keys, values, batch, settings, backend)
     memories = batch if settings.scope == "per_sequence" else 1
     sharers = batch // memories
     empty = keys.new_empty((sharers, 0, keys.shape[0] * 2 * keys.shape[-1]))
@@ -239,7 +239,7 @@ def _check_state(
     state: Any, keys: Tensor, values: Tensor, batch: int, settings: MemorySettings, backend: str
 ) -> None:
     """Refuse a state of another configuration, backend, batch or shape, or one that is used up."""
-    kind = EagerState if backend == "eager" else ReferenceState
+    kind = OverlayState if backend in SPARSE else ReferenceState
     if not isinstance(state, kind):
         raise ValueError(
             f"state is a {type(state).__name__}; backend {backend!r} goes on from a {kind.__name__}"

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ..contract import Cost, SequenceLayer, linear_flops
 from . import reference
+from .backends import BACKENDS
 from .core import FwPKMCore, initial_memory, memory_settings
 from .functional import FwPKMOutput, init_state, run_memory
+from .overlay import OverlayState
 from .settings import Settings
-from .state import EagerState, FwPKMState, ReferenceState
+from .state import FwPKMState, ReferenceState
 
 GATES = 8  # outputs whose mean is the gate's logit
-SEGMENT = 2048  # tokens at a time where no gradient is wanted
+SEGMENT = {"cpu": 2048, "cuda": 16384}  # tokens at a time where no gradient is wanted
 
 
 class FwPKM(SequenceLayer):
@@ -32,7 +34,7 @@ class FwPKM(SequenceLayer):
         "laptop": Settings(width=256, key_dim=256, value_dim=256),
         "paper": Settings(),
     }
-    backends = ("reference", "eager")
+    backends = BACKENDS
     memory_core = FwPKMCore
 
     def __init__(self, settings: Settings | None = None, *, backend: str = "eager") -> None:
@@ -61,7 +63,7 @@ class FwPKM(SequenceLayer):
         if "slots" not in tensors:
             parts = (tensors[name].to(self.keys.device) for name in reference.Memory.__dataclass_fields__)
             return ReferenceState([reference.Memory(*p) for p in zip(*parts, strict=True)], settings)
-        state = EagerState(self.keys, self.values, len(tensors["query"]), settings)
+        state = OverlayState(self.keys, self.values, len(tensors["query"]), settings, self.backend)
         state.fill(tensors)
         return state
 
@@ -79,7 +81,7 @@ class FwPKM(SequenceLayer):
         state.reserve(x.shape[1])
         chunk = self.settings.chunk_size
         y = torch.empty_like(x)
-        step = max(1, SEGMENT // chunk) * chunk
+        step = max(1, SEGMENT[x.device.type] // chunk) * chunk
         start, stop = 0, step - state.pending_tokens
         while start < x.shape[1]:
             segment, out = self.forward_detailed(x[:, start:stop], state)

@@ -46,7 +46,8 @@ def gated_delta_rule(
         beta: ``[B, T, H]``, how much of the error each token corrects.
         log_decay: ``[B, T, H]``, a above: finite, at most 0.
         state: ``[B, H, Dk, Dv]``, S before the first token; None is an empty memory.
-        backend: "eager" or "reference".
+        backend: "eager", "fla" (fla-core's kernels, on a GPU, which keep the type of q, k and v) or
+            "reference".
 
     Returns:
         The output ``[B, T, H, Dv]`` in the type of ``v``, and S after the last token, float32 at least.
@@ -75,7 +76,9 @@ def gated_delta_rule(
                 f"{name} is {list(tensor.shape)}; for q {list(q.shape)} and v {list(v.shape)} "
                 f"it must be {list(shape)}"
             )
-    inputs = (tensor.to(dtype) for tensor in (q, k, v, beta, log_decay, state))
+    kept = 3 if backend == "fla" else 0  # tensors that keep their type
+    tensors = (q, k, v, beta, log_decay, state)
+    inputs = (*tensors[:kept], *(tensor.to(dtype) for tensor in tensors[kept:]))
     output, state = IMPLEMENTATIONS[backend](*inputs)
     return output.to(v.dtype), state
 
@@ -90,6 +93,11 @@ class GatedDeltaNet(SequenceLayer):
     Settings: TypeAlias = Settings
     sizes: ClassVar = {"laptop": Settings(), "paper": Settings(width=512, heads=8)}
     backends = tuple(IMPLEMENTATIONS)
+
+    @classmethod
+    def best_backend(cls, device: str, dtype: str) -> str:
+        """On a GPU fla-core's kernels, the field's own: nothing home-made stands in for them."""
+        return "fla" if device == "cuda" else "eager"
 
     def __init__(self, settings: Settings, backend: str = "eager") -> None:
         super().__init__(settings, backend)
@@ -131,7 +139,7 @@ class GatedDeltaNet(SequenceLayer):
             raise ValueError(
                 f"state is of {state.memory.shape[0]} sequences, x of {x.shape[0]}; give one a row"
             )
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.backend == "fla":
             return self._piece(x, state)
         # Where no gradient is wanted, projecting a segment at a time bounds the memory of a long prefill.
         y = torch.empty_like(x)

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import detached, tensor_bytes
-from . import eager, reference
+from . import eager, fla, reference
 
-IMPLEMENTATIONS = {"reference": reference.gated_delta_rule, "eager": eager.gated_delta_rule}
+IMPLEMENTATIONS = {
+    "reference": reference.gated_delta_rule,
+    "eager": eager.gated_delta_rule,
+    "fla": fla.gated_delta_rule,
+}
 
 
 @dataclass

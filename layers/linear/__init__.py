@@ -35,7 +35,8 @@ def linear_attention(
         q, k: ``[B, T, H, Dk]``, already mapped to positive features (see `feature_map`).
         v: ``[B, T, H, Dv]``.
         state: S and z before the first token; None is an empty memory.
-        backend: "eager" or "reference".
+        backend: "eager", "fla" (fla-core's kernels, on a GPU, which keep the type of q, k and v) or
+            "reference".
 
     Returns:
         The output ``[B, T, H, Dv]`` in the type of ``v``, and the state after the last token.
@@ -64,7 +65,9 @@ def linear_attention(
                 f"{name} is {list(tensor.shape)}; for q {list(q.shape)} and v {list(v.shape)} "
                 f"it must be {list(shape)}"
             )
-    inputs = (tensor.to(dtype) for tensor in (q, k, v, state.memory, state.normaliser))
+    kept = 3 if backend == "fla" else 0  # tensors that keep their type
+    tensors = (q, k, v, state.memory, state.normaliser)
+    inputs = (*tensors[:kept], *(tensor.to(dtype) for tensor in tensors[kept:]))
     output, memory, normaliser = IMPLEMENTATIONS[backend](*inputs)
     return output.to(v.dtype), LinearState(memory, normaliser)
 
@@ -76,6 +79,11 @@ class LinearAttention(SequenceLayer):
     Settings: TypeAlias = Settings
     sizes: ClassVar = {"laptop": Settings(), "paper": Settings(width=512, heads=8)}
     backends = tuple(IMPLEMENTATIONS)
+
+    @classmethod
+    def best_backend(cls, device: str, dtype: str) -> str:
+        """On a GPU fla-core's kernels, the field's own: nothing home-made stands in for them."""
+        return "fla" if device == "cuda" else "eager"
 
     def __init__(self, settings: Settings, backend: str = "eager") -> None:
         super().__init__(settings, backend)
@@ -111,7 +119,7 @@ class LinearAttention(SequenceLayer):
             raise ValueError(
                 f"state is of {state.memory.shape[0]} sequences, x of {x.shape[0]}; give one a row"
             )
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.backend == "fla":
             return self._piece(x, state)
         # Where no gradient is wanted, projecting a segment at a time bounds the memory of a long prefill.
         y = torch.empty_like(x)

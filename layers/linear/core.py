@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import detached, tensor_bytes
-from . import eager, reference
+from . import eager, fla, reference
 
-IMPLEMENTATIONS = {"reference": reference.linear_attention, "eager": eager.linear_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.linear_attention,
+    "eager": eager.linear_attention,
+    "fla": fla.linear_attention,
+}
 
 
 def feature_map(x: Tensor) -> Tensor:

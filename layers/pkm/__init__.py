@@ -59,7 +59,7 @@ def pkm(
         keys: ``[H, 2, n, h]``.
         values: ``[n*n, value_dim]``; slot ``i1 * n + i2`` belongs to sub-keys i1 and i2 of the two halves.
         topk: slots read per token and head, at most n.
-        backend: "eager" or "reference".
+        backend: "eager", "triton" or "reference".
         sparse_grad: give ``values`` a sparse gradient of the rows that were read, for
             ``torch.optim.SparseAdam``; of backend "eager" alone.
 

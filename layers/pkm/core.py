@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import eager, reference
 
-IMPLEMENTATIONS = {"reference": reference.pkm, "eager": eager.pkm}
+
+def triton_pkm(query: Tensor, keys: Tensor, values: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`triton.pkm`, which is imported, Triton with it, when it is first asked for."""
+    from . import triton
+
+    return triton.pkm(query, keys, values, topk)
+
+
+IMPLEMENTATIONS = {"reference": reference.pkm, "eager": eager.pkm, "triton": triton_pkm}
 
 
 @dataclass

@@ -36,7 +36,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "eager"
         q: ``[B, T, H, Dk]``.
         k: ``[B, S, G, Dk]``, S at least T, H a multiple of G.
         v: ``[B, S, G, Dv]``.
-        backend: "eager" or "reference".
+        backend: "eager" (torch's choice of kernel), "flash", "cudnn", "efficient" (these and no other; the
+            first two take half precision on a GPU, the last two nothing but a GPU) or "reference".
 
     Returns:
         The output ``[B, T, H, Dv]``.
@@ -69,6 +70,14 @@ class SoftmaxAttention(SequenceLayer):
     Settings: TypeAlias = Settings
     sizes: ClassVar = {"laptop": Settings(), "paper": Settings(width=512, heads=8, kv_heads=8)}
     backends = tuple(IMPLEMENTATIONS)
+    half_backends = ("flash", "cudnn")
+
+    @classmethod
+    def best_backend(cls, device: str, dtype: str) -> str:
+        """On a GPU a kernel by name, so that the table says which one it was."""
+        if device == "cpu":
+            return "eager"
+        return "cudnn" if dtype in ("bfloat16", "float16") else "efficient"
 
     def __init__(self, settings: Settings, backend: str = "eager") -> None:
         super().__init__(settings, backend)

@@ -3,15 +3,20 @@
 Shapes: B sequences, T tokens, Q queries, G key heads, Dk key and Dv value features a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..contract import detached, tensor_bytes
-from . import eager, reference
+from . import eager, fused, reference
 
-IMPLEMENTATIONS = {"reference": reference.softmax_attention, "eager": eager.softmax_attention}
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "reference": reference.softmax_attention,
+    "eager": eager.softmax_attention,
+    **fused.IMPLEMENTATIONS,
+}
 SCORES = 2**23  # scores held at a time by a read of the memory core: 32 MiB in float32
 
 
@@ -104,10 +109,10 @@ class Core:
     def read(self, state: State, queries: Tensor) -> Tensor:
         """Answer ``queries [Q, Dk]`` with ``[Q, Dv]``; an empty memory answers 0.
 
-        The reference weighs all queries at once, eager as many as bound its scores to `SCORES`.
+        The reference weighs all queries at once, the others as many as bound the scores to `SCORES`.
         """
         keys, values = state.keys[0, 0], state.values[0, 0]
-        block = max(1, SCORES // max(1, state.length)) if self.backend == "eager" else queries.shape[0]
+        block = queries.shape[0] if self.backend == "reference" else max(1, SCORES // max(1, state.length))
         scaled = queries * self.key_dim**-0.5
         return torch.cat([(part @ keys.mT).softmax(-1) @ values for part in scaled.split(max(1, block))])
 

@@ -1,0 +1,37 @@
+"""Where Triton kernels can run, and the numbers that all launches need."""
+
+import os
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton reads it as it decorates a kernel
+
+
+def require_triton(device: torch.device) -> None:
+    """Refuse a device that no kernel can run on.
+
+    Raises:
+        ValueError: Triton is missing, or the device is no GPU and the kernels are not interpreted.
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "backend 'triton' needs triton, which is not installed: pip install triton"
+        ) from None
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"backend 'triton' runs on a CUDA device, not on {device.type}; "
+            "TRITON_INTERPRET=1 in the environment runs its kernels on a CPU, slowly, for tests"
+        )
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The least power of two that holds ``size``, and at least ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """What the kernels compute in: float64 for float64, float32 for the rest."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

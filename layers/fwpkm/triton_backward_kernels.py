@@ -1,0 +1,411 @@
+"""The kernels that undo a chunk of FwPKM; formulas as in ``eager_backward.py`` and ``addressing.py``.
+
+Shapes: as in ``triton_kernels.py``; ``drows [., d]`` is the running gradient to the rows after the chunk.
+"""
+
+import triton
+import triton.language as tl
+
+from fwpkm_bench.kernels.triton_blocks import softmax_rows, spread
+
+from .triton_kernels import LOG_EPSILON, entropy_slope, own_pull
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first",
+        "length",
+        "new",
+        "pairs",
+        "peeks",
+        "first_new",
+        "first_pair",
+        "first_peek",
+        "first_query",
+        "first_target",
+        "addressed",
+        "tokens",
+        "targets",
+        "queries",
+        "all_pairs",
+        "all_peeks",
+    ]
+)
+def unread_kernel(
+    drows,
+    before,
+    peeked,
+    row,
+    group,
+    rate,
+    weights,
+    gate,
+    difference,
+    grad_retrieved,
+    grad_weights,
+    grad_losses,
+    dv_hat,
+    dsums,
+    dgate,
+    dtarget,
+    first,
+    length,
+    new,
+    pairs,
+    peeks,
+    first_new,
+    first_pair,
+    first_peek,
+    first_query,
+    first_target,
+    addressed,
+    tokens,
+    targets,
+    queries,
+    all_pairs,
+    all_peeks,
+    reads,
+    features,
+    RULE: tl.constexpr,
+    FROM_RETRIEVED: tl.constexpr,
+    FROM_WEIGHTS: tl.constexpr,
+    FROM_LOSSES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One token: with ``D_r = -r_r dV[r]`` and ``e = g (v_hat - target)``, ``de = sum_r c_r D_r`` and
+    ``dc_r = <D_r, e>``; from these ``dv_hat``, the gradients to gate and target and, as ``dsums``, to the
+    scores of the token's slots.
+    """
+    token = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    read = tl.arange(0, BLOCK_R)
+    inside = read < reads
+    is_new, is_pair = token >= length - new, token < pairs
+    place = (sequence * addressed + first + token) * reads + read
+    pair = sequence * all_pairs + first_pair + token
+    out_token = sequence * tokens + first_new + token - (length - new)
+    weight = tl.load(weights + place, inside, 0.0)
+    kind = weights.dtype.element_ty
+    at = tl.load(row + place, inside, 0).to(tl.int64)
+    written = inside & is_pair
+    member = tl.load(group + pair * reads + read, written, 0).to(tl.int64)
+    step = tl.load(rate + member, written, 0.0)
+    share = tl.load(gate + sequence * queries + first_query + token)
+    squares = tl.sum(weight * weight)
+    coefficient = weight
+    if RULE == "authors":
+        coefficient = weight * reads
+    if RULE == "projected":
+        coefficient = weight / squares
+    slope = tl.zeros([1], kind)
+    if FROM_LOSSES:
+        slope += tl.load(grad_losses + pair, is_pair, 0.0)
+    peek = peeked + ((sequence * all_peeks + first_peek + token - pairs) * reads + read)[:, None] * features
+    dots, dweight = tl.zeros([BLOCK_R], kind), tl.zeros([BLOCK_R], kind)
+    gated, square = tl.zeros([BLOCK_D], kind), tl.zeros([BLOCK_D], kind)
+    for start in range(0, features, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        valid = column < features
+        mask = inside[:, None] & valid[None, :]
+        gap = tl.load(difference + pair * features + column, valid & is_pair, 0.0)
+        after = tl.load(drows + at[:, None] * features + column[None, :], mask & is_pair, 0.0)
+        derror = tl.sum((step * coefficient)[:, None] * after, axis=0)
+        dots += tl.sum(after * (share * gap)[None, :], axis=1)
+        gated += gap * derror
+        square += gap * gap
+        dgap = share * (derror + slope * gap * 2 / features)
+        wanted = (sequence * targets + first_target + token) * features + column
+        tl.store(dtarget + wanted, -dgap, valid & is_pair)
+        if FROM_RETRIEVED:
+            dgap += tl.load(grad_retrieved + out_token * features + column, valid & is_new, 0.0).to(kind)
+        tl.store(dv_hat + (sequence * addressed + first + token) * features + column, dgap, valid)
+        value = tl.load(before + member[:, None] * features + column[None, :], mask & is_pair, 0.0)
+        value += tl.load(peek + column[None, :], mask & (token >= pairs), 0.0)
+        dweight += tl.sum(value * dgap[None, :], axis=1)
+    total = tl.sum(gated) + tl.sum(slope) * tl.sum(square) / features
+    tl.store(dgate + sequence * queries + first_query + token, total, is_pair)
+    dcoefficient = step * dots
+    if RULE == "paper":
+        dweight += dcoefficient
+    if RULE == "authors":
+        dweight += dcoefficient * reads
+    if RULE == "projected":
+        dweight += dcoefficient / squares
+        dweight -= 2 * weight * tl.sum(dcoefficient * weight) / (squares * squares)
+    if FROM_WEIGHTS:
+        dweight += tl.load(grad_weights + out_token * reads + read, inside & is_new, 0.0).to(kind)
+    tl.store(dsums + place, weight * (dweight - tl.sum(weight * dweight)), inside)
+
+
+@triton.jit(do_not_specialize=["first", "own", "query_stride", "addressed"])
+def pull_gradient_kernel(
+    query,
+    keys,
+    dkeys,
+    scores,
+    subkeys,
+    dpull,
+    first,
+    own,
+    query_stride,
+    token_stride,
+    addressed,
+    sharers,
+    n,
+    half_features,
+    STEP: tl.constexpr,
+    HEADS: tl.constexpr,
+    topk: tl.constexpr,
+    INVERSE_DISTANCE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """``da_tj = -STEP <q_t - K_j, dK'_j>``, or ``<q_t, dK'_j>`` for the dot product; the own tokens."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    side = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    inside = token < own
+    rank = tl.arange(0, BLOCK_K)[None, :]
+    row = (sequence * addressed + first + token) * (HEADS * 2) + side
+    place = row[:, None] * topk + rank
+    valid = inside[:, None] & (rank < topk)
+    chosen = tl.load(subkeys + place, valid, 0)
+    base = (sequence // sharers * HEADS * 2 + side) * n
+    kind = dpull.dtype.element_ty
+    found = tl.zeros([BLOCK_T, BLOCK_K], kind)
+    for r in range(topk):
+        subkey = base + tl.sum(tl.where(rank == r, chosen, 0), axis=1)
+        dots = tl.zeros([BLOCK_T], kind)
+        for start in range(0, half_features, BLOCK_H):
+            column = start + tl.arange(0, BLOCK_H)
+            mask = inside[:, None] & (column < half_features)[None, :]
+            q_at = query + sequence * query_stride + token[:, None] * token_stride
+            q = tl.load(q_at + side * half_features + column[None, :], mask, 0.0).to(kind)
+            at = subkey[:, None] * half_features + column[None, :]
+            if INVERSE_DISTANCE:
+                q -= tl.load(keys + at, mask, 0.0)
+            dots += tl.sum(q * tl.load(dkeys + at, mask, 0.0), axis=1)
+        found = tl.where(rank == r, -STEP * dots[:, None], found)
+    tl.store(dpull + place, found, valid)
+
+
+@triton.jit(do_not_specialize=["first", "own", "addressed", "entropy_stride"])
+def usage_gradient_kernel(
+    scores,
+    subkeys,
+    usage,
+    dpull,
+    grad_entropy,
+    dusage,
+    first,
+    own,
+    addressed,
+    sharers,
+    n,
+    entropy_stride,
+    WEIGHT: tl.constexpr,
+    FROM_ENTROPY: tl.constexpr,
+    HEADS: tl.constexpr,
+    topk: tl.constexpr,
+    INVERSE_DISTANCE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gradient to ``p_bar``, through the entropy's slope, which pulls the keys, and through the loss."""
+    subkey = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    half, memory = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rank = tl.arange(0, BLOCK_K)[None, :]
+    total = tl.zeros([BLOCK_J], usage.dtype.element_ty)
+    for sequence in range(memory * sharers, (memory + 1) * sharers):
+        for start in range(0, own, BLOCK_T):
+            token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            valid = (token < own)[:, None] & (rank < topk)
+            for head in range(HEADS):
+                row = (sequence * addressed + first + token) * HEADS + head
+                place = (row * 2 + half)[:, None] * topk + rank
+                score = tl.load(scores + place, valid, float("-inf"))
+                p = softmax_rows(score, valid)
+                da = tl.load(dpull + place, valid, 0.0)
+                if INVERSE_DISTANCE:
+                    da *= 2 * tl.exp(tl.where(valid, score, 0.0))
+                share = p * (da - tl.sum(p * da, axis=1)[:, None])
+                total += tl.sum(spread(share, tl.load(subkeys + place, valid, -1), subkey), axis=1)
+    base = (memory * 2 + half) * n
+    kept = subkey < n
+    u = tl.load(usage + base + subkey, kept, 0.0)
+    near = u + LOG_EPSILON
+    curve = 1.0 / near + 1.0 / (near * near) * LOG_EPSILON
+    gradient = total / (own * sharers * HEADS) * curve
+    if FROM_ENTROPY:
+        gradient += WEIGHT * tl.load(grad_entropy + memory * entropy_stride) * entropy_slope(u)
+    tl.store(dusage + base + subkey, gradient, kept)
+
+
+@triton.jit(do_not_specialize=["first", "length", "own", "query_stride", "dquery_stride", "addressed"])
+def query_gradient_kernel(
+    query,
+    keys,
+    dkeys,
+    scores,
+    subkeys,
+    ranks,
+    usage,
+    dusage,
+    dpull,
+    dsums,
+    dquery,
+    pulls,
+    first,
+    length,
+    own,
+    query_stride,
+    token_stride,
+    dquery_stride,
+    addressed,
+    sharers,
+    n,
+    half_features,
+    MOVED: tl.constexpr,
+    STEP: tl.constexpr,
+    HEADS: tl.constexpr,
+    topk: tl.constexpr,
+    INVERSE_DISTANCE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """From the gradient to the slots' scores to that of the sub-keys' scores, ``ds``, and on to the queries.
+
+    ``dq += sum_j pull_j (q - K_j)`` with ``pull_j = -2 ds_j / (eps + |q - K|^2)``, or ``ds_j K_j`` for the
+    dot product; and ``-STEP sum_j a_j dK'_j`` where the token has moved keys. The pulls are kept.
+    """
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    side = tl.program_id(1)
+    head, half = side // 2, side % 2
+    sequence = tl.program_id(2).to(tl.int64)
+    inside = token < length
+    rank = tl.arange(0, BLOCK_K)
+    row = sequence * addressed + first + token
+    place = (row * (HEADS * 2) + side)[:, None] * topk + rank[None, :]
+    valid = inside[:, None] & (rank < topk)[None, :]
+    score = tl.load(scores + place, valid, float("-inf"))
+    inverse = tl.exp(tl.where(valid, score, 0.0))
+    of_slot = (row * HEADS + head)[:, None] * topk + rank[None, :]
+    dsum = tl.load(dsums + of_slot, valid, 0.0)
+    code = tl.load(ranks + of_slot, valid, 0)
+    mine = tl.where(half == 0, code // topk, code % topk)
+    equal = mine[:, None, :] == rank[None, :, None]
+    ds = tl.sum(tl.where(equal, dsum[:, None, :], 0.0), axis=2)
+    memory = sequence // sharers
+    kind = dsums.dtype.element_ty
+    a = tl.zeros([BLOCK_T, BLOCK_K], kind)
+    if MOVED:
+        moved = valid & (token >= length - own)[:, None]
+        count = own * sharers * HEADS
+        base = (memory * 2 + half) * n
+        a, which, p, g = own_pull(scores, subkeys, usage, place, moved, base, count, INVERSE_DISTANCE)
+        da = tl.load(dpull + place, moved, 0.0)
+        if INVERSE_DISTANCE:
+            ds += da * a
+            da *= 2 * inverse
+        mean, drift = tl.sum(p * g, axis=1)[:, None], tl.sum(p * da, axis=1)[:, None]
+        dp = da * (g - mean) - drift * g + tl.load(dusage + base + which, moved, 0.0) / count
+        ds += p * (dp - tl.sum(p * dp, axis=1)[:, None])
+    pull = -2 * ds * inverse if INVERSE_DISTANCE else ds
+    tl.store(pulls + place, pull, valid)
+    chosen = tl.load(subkeys + place, valid, 0)
+    for start in range(0, half_features, BLOCK_H):
+        column = start + tl.arange(0, BLOCK_H)
+        mask = inside[:, None] & (column < half_features)[None, :]
+        q_at = (
+            sequence * query_stride + token[:, None] * token_stride + side * half_features + column[None, :]
+        )
+        q = tl.load(query + q_at, mask, 0.0).to(kind)
+        total = tl.zeros([BLOCK_T, BLOCK_H], kind)
+        for r in range(topk):
+            pick = rank[None, :] == r
+            subkey = (memory * HEADS * 2 + side) * n + tl.sum(tl.where(pick, chosen, 0), axis=1)
+            at = subkey[:, None] * half_features + column[None, :]
+            key = tl.load(keys + at, mask, 0.0)
+            own_share = tl.sum(tl.where(pick, pull, 0.0), axis=1)[:, None]
+            total += own_share * (q - key) if INVERSE_DISTANCE else own_share * key
+            if MOVED:
+                total -= (
+                    STEP * tl.sum(tl.where(pick, a, 0.0), axis=1)[:, None] * tl.load(dkeys + at, mask, 0.0)
+                )
+        out = sequence * dquery_stride + token[:, None] * (HEADS * 2 * half_features)
+        out += side * half_features + column[None, :]
+        tl.store(dquery + out, total + tl.load(dquery + out, mask, 0.0), mask)
+
+
+@triton.jit(do_not_specialize=["first", "length", "own", "query_stride", "addressed"])
+def key_gradient_kernel(
+    query,
+    keys,
+    dkeys,
+    scores,
+    subkeys,
+    usage,
+    pulls,
+    out,
+    first,
+    length,
+    own,
+    query_stride,
+    token_stride,
+    addressed,
+    sharers,
+    n,
+    half_features,
+    MOVED: tl.constexpr,
+    STEP: tl.constexpr,
+    HEADS: tl.constexpr,
+    topk: tl.constexpr,
+    INVERSE_DISTANCE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``dK_j = dK'_j (1 + STEP sum_t a_tj) - sum_t pull_tj (q_t - K_j)``, or ``dK'_j + sum_t ds_tj q_t``."""
+    subkey = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    side = tl.program_id(1)
+    head, half = side // 2, side % 2
+    memory = tl.program_id(2).to(tl.int64)
+    rank = tl.arange(0, BLOCK_K)[None, :]
+    column = tl.arange(0, BLOCK_H)
+    features = column < half_features
+    kind = pulls.dtype.element_ty
+    total = tl.zeros([BLOCK_J, BLOCK_H], kind)
+    weight, moved = tl.zeros([BLOCK_J], kind), tl.zeros([BLOCK_J], kind)
+    for sequence in range(memory * sharers, (memory + 1) * sharers):
+        for start in range(0, length, BLOCK_T):
+            token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            inside = token < length
+            row = (sequence * addressed + first + token) * HEADS + head
+            place = (row * 2 + half)[:, None] * topk + rank
+            valid = inside[:, None] & (rank < topk)
+            chosen = tl.load(subkeys + place, valid, -1)
+            q_at = sequence * query_stride + token[:, None] * token_stride + side * half_features
+            mask = inside[:, None] & features[None, :]
+            q = tl.load(query + q_at + column[None, :], mask, 0.0).to(kind)
+            pull = spread(tl.load(pulls + place, valid, 0.0), chosen, subkey)
+            total = tl.dot(pull, q, total, input_precision=PRECISION, out_dtype=kind)
+            if INVERSE_DISTANCE:
+                weight += tl.sum(pull, axis=1)
+                if MOVED:
+                    mine = valid & (token >= length - own)[:, None]
+                    base, count = (memory * 2 + half) * n, own * sharers * HEADS
+                    a, which, _p, _g = own_pull(scores, subkeys, usage, place, mine, base, count, True)
+                    moved += tl.sum(spread(a, which, subkey), axis=1)
+    kept = (subkey < n)[:, None] & features[None, :]
+    at = ((memory * HEADS * 2 + side) * n + subkey)[:, None] * half_features + column[None, :]
+    after = tl.load(dkeys + at, kept, 0.0)
+    if INVERSE_DISTANCE:
+        total = weight[:, None] * tl.load(keys + at, kept, 0.0) - total
+        total += STEP * moved[:, None] * after
+    tl.store(out + at, total + after, kept)

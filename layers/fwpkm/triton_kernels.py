@@ -1,0 +1,229 @@
+"""The kernels of FwPKM that no other layer has: how the memory reads, and how its keys move.
+
+Shapes: B sequences, S memories (B, or fewer that sequences share), A tokens addressed in a call, L of them
+in a chunk, its own C last, the P first of which are written; H heads, k = top-k, R = H*k reads a token,
+n sub-keys per half of h features, d value features.
+"""
+
+import triton
+import triton.language as tl
+
+from fwpkm_bench.kernels.triton_blocks import softmax_rows, spread
+
+LOG_EPSILON: tl.constexpr = tl.constexpr(1e-8)  # of the addressing loss
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first",
+        "length",
+        "new",
+        "pairs",
+        "peeks",
+        "first_new",
+        "first_pair",
+        "first_peek",
+        "first_query",
+        "first_target",
+        "addressed",
+        "tokens",
+        "targets",
+        "queries",
+        "all_pairs",
+        "all_peeks",
+    ]
+)
+def read_kernel(
+    rows,
+    initial,
+    row,
+    slots,
+    weights,
+    target,
+    gate,
+    retrieved,
+    difference,
+    losses,
+    peeked,
+    first,
+    length,
+    new,
+    pairs,
+    peeks,
+    first_new,
+    first_pair,
+    first_peek,
+    first_query,
+    first_target,
+    addressed,
+    tokens,
+    targets,
+    queries,
+    all_pairs,
+    all_peeks,
+    reads,
+    features,
+    RECORD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``v_hat = sum_r w_r V[row_r]`` for one token; where its target came, ``v_hat - target`` and the loss.
+
+    ``row`` is of the overlay, or negative where the ``initial`` table is read.
+    """
+    token = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    read = tl.arange(0, BLOCK_R)
+    inside = read < reads
+    place = (sequence * addressed + first + token) * reads + read
+    at = tl.load(row + place, inside, -1).to(tl.int64)
+    slot = tl.load(slots + place, inside, 0)
+    weight = tl.load(weights + place, inside, 0.0)
+    kind = weights.dtype.element_ty
+    is_new, is_pair = token >= length - new, token < pairs
+    out = retrieved + (sequence * tokens + first_new + token - (length - new)) * features
+    wanted = target + (sequence * targets + first_target + token) * features
+    error = difference + (sequence * all_pairs + first_pair + token) * features
+    peek = peeked + ((sequence * all_peeks + first_peek + token - pairs) * reads + read)[:, None] * features
+    loss = tl.zeros([BLOCK_D], kind)
+    for start in range(0, features, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        valid = column < features
+        mask = inside[:, None] & valid[None, :]
+        theirs = tl.load(rows + at[:, None] * features + column[None, :], mask & (at >= 0)[:, None], 0.0)
+        ours = tl.load(initial + slot[:, None] * features + column[None, :], mask & (at < 0)[:, None], 0.0)
+        value = tl.where((at >= 0)[:, None], theirs, ours.to(kind))
+        v_hat = tl.sum(weight[:, None] * value, axis=0)
+        tl.store(out + column, v_hat, valid & is_new)
+        if RECORD:
+            tl.store(peek + column[None, :], value, mask & (token >= pairs))
+        gap = v_hat - tl.load(wanted + column, valid & is_pair, 0.0)
+        tl.store(error + column, gap, valid & is_pair)
+        loss += tl.where(valid & is_pair, gap * gap, 0.0)
+    share = tl.load(gate + sequence * queries + first_query + token)
+    tl.store(losses + sequence * all_pairs + first_pair + token, share * tl.sum(loss) / features, is_pair)
+
+
+@triton.jit
+def entropy_slope(usage):
+    """``d(u log(u + eps)) / du``."""
+    return tl.log(usage + LOG_EPSILON) + usage / (usage + LOG_EPSILON)
+
+
+@triton.jit(do_not_specialize=["first", "own", "addressed"])
+def usage_kernel(
+    scores,
+    subkeys,
+    usage,
+    first,
+    own,
+    addressed,
+    sharers,
+    n,
+    HEADS: tl.constexpr,
+    topk: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``p_bar_j``, the mean over own tokens and heads of the softmax of their selected scores (eq. 17)."""
+    subkey = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    half, memory = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rank = tl.arange(0, BLOCK_K)[None, :]
+    total = tl.zeros([BLOCK_J], usage.dtype.element_ty)
+    for sequence in range(memory * sharers, (memory + 1) * sharers):
+        for start in range(0, own, BLOCK_T):
+            token = start + tl.arange(0, BLOCK_T)
+            valid = (token < own)[:, None] & (rank < topk)
+            for head in range(HEADS):
+                row = (sequence * addressed + first + token).to(tl.int64) * HEADS + head
+                place = (row * 2 + half)[:, None] * topk + rank
+                share = softmax_rows(tl.load(scores + place, valid, float("-inf")), valid)
+                chosen = tl.load(subkeys + place, valid, -1)
+                total += tl.sum(spread(share, chosen, subkey), axis=1)
+    tl.store(usage + (memory * 2 + half) * n + subkey, total / (own * sharers * HEADS), subkey < n)
+
+
+@triton.jit
+def own_pull(scores, subkeys, usage, place, valid, usage_base, tokens, INVERSE_DISTANCE: tl.constexpr):
+    """How strongly tokens move the sub-keys that they selected: ``a [T, K]``, and those sub-keys.
+
+    ``a = p (g - sum_i p_i g_i) * 2 / (eps + |q - K|^2)`` with ``g`` the slope of the entropy over the count
+    of tokens; without the last factor for the dot product.
+    """
+    score = tl.load(scores + place, valid, float("-inf"))
+    chosen = tl.load(subkeys + place, valid, -1)
+    p = softmax_rows(score, valid)
+    g = tl.where(valid, entropy_slope(tl.load(usage + usage_base + chosen, valid, 0.0)), 0.0) / tokens
+    a = p * (g - tl.sum(p * g, axis=1)[:, None])
+    if INVERSE_DISTANCE:
+        a *= 2 * tl.exp(tl.where(valid, score, 0.0))
+    return a, chosen, p, g
+
+
+@triton.jit(do_not_specialize=["first", "own", "query_stride", "addressed"])
+def move_keys_kernel(
+    query,
+    keys,
+    scores,
+    subkeys,
+    usage,
+    out,
+    first,
+    own,
+    query_stride,
+    token_stride,
+    addressed,
+    sharers,
+    n,
+    half_features,
+    STEP: tl.constexpr,
+    HEADS: tl.constexpr,
+    topk: tl.constexpr,
+    INVERSE_DISTANCE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``K_j - STEP * sum_t a_tj (q_t - K_j)``, or ``a_tj q_t`` for the dot product; of the own tokens."""
+    subkey = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    head, half = tl.program_id(1) // 2, tl.program_id(1) % 2
+    memory = tl.program_id(2).to(tl.int64)
+    rank = tl.arange(0, BLOCK_K)[None, :]
+    column = tl.arange(0, BLOCK_H)
+    features = column < half_features
+    kind = usage.dtype.element_ty
+    total = tl.zeros([BLOCK_J, BLOCK_H], kind)
+    weight = tl.zeros([BLOCK_J], kind)
+    for sequence in range(memory * sharers, (memory + 1) * sharers):
+        for start in range(0, own, BLOCK_T):
+            token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            inside = token < own
+            row = (sequence * addressed + first + token) * HEADS + head
+            place = (row * 2 + half)[:, None] * topk + rank
+            valid = inside[:, None] & (rank < topk)
+            a, chosen, _p, _g = own_pull(
+                scores,
+                subkeys,
+                usage,
+                place,
+                valid,
+                (memory * 2 + half) * n,
+                own * sharers * HEADS,
+                INVERSE_DISTANCE,
+            )
+            q_at = query + sequence * query_stride + token[:, None] * token_stride
+            q_at += (head * 2 + half) * half_features + column[None, :]
+            q = tl.load(q_at, inside[:, None] & features[None, :], 0.0).to(kind)
+            pulls = spread(a, chosen, subkey)
+            total = tl.dot(pulls, q, total, input_precision=PRECISION, out_dtype=kind)
+            weight += tl.sum(pulls, axis=1)
+    mask = (subkey < n)[:, None] & features[None, :]
+    row = (memory * HEADS * 2 + tl.program_id(1)) * n + subkey
+    place = row[:, None] * half_features + column[None, :]
+    old = tl.load(keys + place, mask, 0.0)
+    if INVERSE_DISTANCE:
+        total -= weight[:, None] * old
+    tl.store(out + place, old - STEP * total, mask)
