@@ -288,6 +288,26 @@ def verify(
     return 0 if any(check.status == "ok" for check in checks) else 4
 
 
+@main.command("kernels")
+@click.option(
+    "--layers", "--layer", callback=_names, metavar="NAMES", help="Which layers (default: fwpkm,pkm)."
+)
+@click.option(
+    "--capability", default=90, type=click.IntRange(75, 121), help="Of the GPU (default 90, Hopper)."
+)
+def kernels_command(layers: tuple[str, ...] | None, capability: int) -> None:
+    """Compile the Triton kernels for a GPU, here or not: registers, spills, shared memory."""
+    from fwpkm_bench import catalog, report
+    from fwpkm_bench.measure import compiled
+
+    chosen = list(layers or ("fwpkm", "pkm"))
+    for name in chosen:
+        catalog.check_layer(name)
+        if "triton" not in catalog.load_layer(name).backends:
+            raise UsageError(f"{name} has no backend triton; fwpkm and pkm have")
+    report.print_kernels(compiled.report(chosen, capability), capability)
+
+
 @main.command()
 def doctor() -> None:
     """Say what is installed, which devices are there, and which backends can run, or why not."""

@@ -1,4 +1,4 @@
-"""What a workload hands back, and the ways in which a case can end."""
+"""What is handed back by a workload, a check or a compiler, and the ways in which a case can end."""
 
 from dataclasses import dataclass, field
 
@@ -26,6 +26,18 @@ class Check:
     allowed: float | None
     status: str  # "ok", "wrong", "failed" or "skipped"
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it was compiled for a GPU."""
+
+    kernel: str
+    constants: str  # what it was compiled for, such as "BLOCK_T=16 topk=8"
+    warps: int
+    registers: int  # of a thread
+    spilled_bytes: int  # of a thread
+    shared_bytes: int  # of a program
 
 
 class UnsupportedError(Exception):

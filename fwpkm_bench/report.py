@@ -9,7 +9,7 @@ from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
-from fwpkm_bench.measurement import Check
+from fwpkm_bench.measurement import Check, Compiled
 from fwpkm_bench.plot import by_mode, byte_name, picture_suffix
 from fwpkm_bench.store import read_run, write_atomically
 from fwpkm_bench.tables import labels, length_name, ratios
@@ -182,6 +182,26 @@ def print_checks(checks: list[Check], seed: int) -> None:
     counts = {status: statuses.count(status) for status in ("ok", "wrong", "failed", "skipped")}
     summed = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
     console.print(f"{summed or 'nothing to check'} (--seed {seed})")
+
+
+def print_kernels(rows: list[Compiled], capability: int) -> None:
+    """One line a kernel as it was compiled, the costliest of those that differ in what does not show."""
+    console = Console(highlight=False, width=WIDE)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("kernel", "constants", "warps", "registers", "spilled bytes", "shared memory"):
+        side: JustifyMethod = "left" if heading in ("kernel", "constants") else "right"
+        table.add_column(heading, justify=side, no_wrap=True)
+    worst: dict[tuple[str, str], Compiled] = {}
+    for row in rows:
+        known = worst.setdefault((row.kernel, row.constants), row)
+        if (row.spilled_bytes, row.registers) > (known.spilled_bytes, known.registers):
+            worst[row.kernel, row.constants] = row
+    for row in worst.values():
+        numbers = (row.warps, row.registers, row.spilled_bytes)
+        shared = byte_name(row.shared_bytes)
+        table.add_row(row.kernel, escape(row.constants), *map(str, numbers), shared)
+    console.print(table)
+    console.print(f"{len(worst)} kernels for sm_{capability}; registers and spills are of a thread")
 
 
 def print_doctor() -> None:

@@ -38,7 +38,6 @@ def plan(sweep: Sweep) -> list[Case]:
 
     So all layers are measured side by side at each length, and a drift of the machine hits all alike.
     """
-    check_device(sweep.device)
     shuffle = random.Random(sweep.digest)
     planned: list[Case] = []
     for _, group in itertools.groupby(cases(sweep), key=lambda case: case.seq):
@@ -67,6 +66,7 @@ def run(
 
     ``retry``: the cases that failed count as missing.
     """
+    check_device(sweep.device)
     planned = plan(sweep)
     executor = LocalExecutor()
     with RunFolder(out, sweep.digest) as folder:

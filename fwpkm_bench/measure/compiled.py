@@ -12,27 +12,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fwpkm_bench.errors import UsageError
+from fwpkm_bench.measurement import Compiled
 
 TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 TYPES |= {"int64": "i64", "int32": "i32", "bool": "i1"}
 OPTIONS = ("num_warps", "num_stages")
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel as it was compiled for a GPU."""
-
-    kernel: str
-    constants: str  # what it was compiled for, such as "BLOCK_T=16 topk=8"
-    warps: int
-    registers: int  # of a thread
-    spilled_bytes: int  # of a thread
-    shared_bytes: int  # of a program
 
 
 def note_calls(run: Callable[[], None]) -> list[dict[str, Any]]:

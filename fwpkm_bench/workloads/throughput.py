@@ -195,6 +195,7 @@ MODES: dict[str, type[Prefill]] = {"prefill": Prefill, "train": Train, "decode":
 def run(case: Case) -> Measurement:
     """Measure one case in this process."""
     dtype = getattr(torch, case.dtype)
+    started = time.perf_counter()
     layer = build_layer(case).to(device=case.device, dtype=dtype)
     mode = MODES[case.mode](case, layer, dtype)
     memory = PeakMemory(case.device)
@@ -207,6 +208,7 @@ def run(case: Case) -> Measurement:
         mode.inspect(result)
 
     mode.start()
+    columns["setup_s"] = time.perf_counter() - started
     timing = measure(
         mode.call, device=case.device, budget_s=case.budget_s, prepare=mode.prepare, inspect=inspect
     )
@@ -218,7 +220,8 @@ def run(case: Case) -> Measurement:
         "parameters": sum(p.numel() for p in layer.parameters()),
     }
     columns |= (own := mode.columns())
-    columns |= measure_ceilings(case.device, dtype).columns(
+    ceilings = measure_ceilings(case.device, dtype)
+    columns |= ceilings.columns(
         flops=own["model_flops"], moved=own["least_bytes"], seconds=columns["latency_ms_p50"] / 1e3
     )
     return Measurement(columns, timing.samples_ms, timing.warmup_ms)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -34,12 +33,19 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str) -> Tensor
     with sdpa_kernel(KERNELS[kernel]):
         if seq == 1 or past == 0:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=seq > 1, enable_gqa=shared)
-        else:  # a piece: its causal mask ends with the last key
-            mask: Tensor = causal_lower_right(seq, past + seq)
-            if q.device.type == "cpu":  # the kernel has no such mask there
-                mask = torch.ones(seq, past + seq, dtype=torch.bool).tril(past)
+        else:
+            mask = _ending_with_the_last_key(seq, past, q.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
     return out.transpose(1, 2)
+
+
+def _ending_with_the_last_key(seq: int, past: int, device: torch.device) -> Tensor:
+    """The causal mask of a piece; on a GPU by name, so that no kernel has to read one."""
+    if device.type == "cpu":
+        return torch.ones(seq, past + seq, dtype=torch.bool).tril(past)
+    from torch.nn.attention.bias import causal_lower_right  # brings the compiler along, which takes a second
+
+    return causal_lower_right(seq, past + seq)
 
 
 IMPLEMENTATIONS = {name: partial(softmax_attention, kernel=name) for name in KERNELS}
