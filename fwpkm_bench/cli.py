@@ -277,6 +277,8 @@ def verify(
     from fwpkm_bench.run import check_device
 
     check_device(device)
+    if device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError("TRITON_INTERPRET=1 would interpret the kernels, not run them on the GPU; unset it")
     chosen = layers or tuple(catalog.layer_names())
     for name in chosen:
         catalog.check_layer(name)

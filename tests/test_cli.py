@@ -170,8 +170,11 @@ def test_internal_errors_are_one_line(invoke, monkeypatch) -> None:
 
 def test_verify_finds_what_is_wrong(invoke, monkeypatch) -> None:
     """A backend that is off by 1e-3 is named and exits with 1; nothing to check exits with 4."""
+    from fwpkm_bench import verify
     from fwpkm_bench.layers.linear import core
 
+    monkeypatch.setattr(verify, "TOKENS", 20)
+    monkeypatch.setattr(verify, "CUT", 7)
     good = invoke(*["verify", "--layers", "linear", "--seed", "1"])
     assert good.exit_code == 0, good.output
     assert "gradient: key.weight" in good.stdout

@@ -28,7 +28,7 @@ def small(name: str, backend: str):
 
 def pairs() -> list[tuple[str, str]]:
     every = [(name, b) for name in catalog.layer_names() for b in catalog.load_layer(name).backends]
-    return every if torch.cuda.is_available() else [pair for pair in every if pair not in GPU_ALONE]
+    return [pair for pair in every if pair not in GPU_ALONE]
 
 
 def lengths(backend: str, *tokens: int) -> list[int]:
@@ -114,7 +114,6 @@ def test_bad_shapes_are_refused(name: str, backend: str) -> None:
         layer(torch.zeros(2, 4, 16, dtype=torch.float64), layer.init_state(3))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they run here")
 @pytest.mark.parametrize(("name", "backend"), GPU_ALONE, ids=lambda v: v)
 def test_what_needs_a_gpu_says_so(name: str, backend: str) -> None:
     layer = small(name, backend)

@@ -75,7 +75,7 @@ def test_pieces_equal_the_whole(backend, grad):
 def test_a_long_prefill_without_gradients_equals_one_with():
     torch.manual_seed(2)
     layer = LAYER(SMALL).double()
-    x = torch.randn(3, SEGMENT // 2, SMALL.width, dtype=torch.float64)  # a segment and a half
+    x = torch.randn(3, SEGMENT["cpu"] // 2, SMALL.width, dtype=torch.float64)  # a segment and a half
     whole, _ = layer(x)
     with torch.no_grad():
         torch.testing.assert_close(layer(x)[0], whole, rtol=1e-10, atol=1e-10)

@@ -9,12 +9,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fwpkm_bench.layers.contract import load_state, save_state
-from tests.test_layers import EXACT, each, small
+from tests.test_layers import EXACT, each, pairs, small
 
 TOKENS = 37
 
 
-@each
+# Fifteen examples take the interpreted kernels minutes: .ci/run alone waits for them.
+SLOW = {"triton": pytest.mark.slow}
+most = pytest.mark.parametrize(
+    ("name", "backend"), [pytest.param(n, b, marks=SLOW.get(b, ()), id=f"{n}-{b}") for n, b in pairs()]
+)
+
+
+@most
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.sets(st.integers(1, TOKENS - 1)), seed=st.integers(0, 2**16))
 def test_any_cutting_gives_outputs_state_and_gradients_of_the_whole(name, backend, cuts, seed) -> None:

@@ -82,7 +82,15 @@ def test_pkm_golden(golden) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+LONG = ("large_keys", "batch_shared", "many_chunks", "left_padding", "two_heads")
+
+
+def slow(*values):
+    """A case for .ci/run alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in LONG else name for name in GOLDEN])
 def test_fwpkm_golden(golden, name: str) -> None:
     vectors = golden(name)
     inputs = [n for n in ("q", "v", "gate", "keys0", "values0") if n in vectors]
@@ -110,8 +118,8 @@ POINTS = [  # each value of each setting meets most others
     settings(3, 7, 1, "authors", "carry", "per_sequence", "idw"),
     settings(3, 7, 0, "paper", "drop", "shared", "idw"),
     settings(6, 100, 3, "projected", "drop", "per_sequence", "dot"),
-    settings(1, 7, 3, "projected", "carry", "shared", "idw"),
-    settings(6, 7, 1, "paper", "carry", "shared", "dot"),
+    slow(settings(1, 7, 3, "projected", "carry", "shared", "idw")),
+    slow(settings(6, 7, 1, "paper", "carry", "shared", "dot")),
 ]
 
 
@@ -137,7 +145,7 @@ def test_fwpkm_is_the_reference(kw: dict) -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("tokens", "n", "half", "value_dim", "topk", "chunk"),
-    [(77, 64, 16, 20, 8, 32), (513, 16, 4, 64, 1, 128), (40, 40, 8, 512, 32, 16)],
+    [(77, 64, 16, 20, 8, 32), slow(513, 16, 4, 64, 1, 128), slow(40, 40, 8, 512, 32, 16)],
 )
 def test_fwpkm_of_odd_sizes(tokens: int, n: int, half: int, value_dim: int, topk: int, chunk: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
@@ -195,7 +203,9 @@ def test_the_layer_trains_in_bfloat16() -> None:
         results.append([y, x.grad, layer.query.weight.grad, layer.values.grad, layer.keys.grad])
     for mine, expected in zip(*results, strict=True):
         # Both round the same float32 numbers to bfloat16: at most one unit in the last place apart, 2^-8.
-        torch.testing.assert_close(mine, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()) / 8)
+        torch.testing.assert_close(
+            mine, expected, rtol=2**-7, atol=2**-10 * float(expected.detach().abs().max())
+        )
 
 
 def test_rows_beyond_int32() -> None:

@@ -16,7 +16,7 @@ from .triton_support import power_of_two
 EPSILON: tl.constexpr = tl.constexpr(1e-3)  # of the inverse-distance score
 
 
-@triton.jit(do_not_specialize=["length", "query_stride", "result_stride"])
+@triton.jit(do_not_specialize=["length"])
 def nearest_subkeys_kernel(
     query,
     keys,
@@ -34,14 +34,15 @@ def nearest_subkeys_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The k best sub-keys of a half for ``BLOCK_T`` tokens, by ``-log(eps + |q - K|^2)`` or ``q.K``.
 
-    They are found by ``2 q.K - |K|^2``, one matrix product, and their scores then computed again from
-    ``q - K`` itself: the product cancels where keys are near, and may be rounded to tf32.
+    The near ones are found by ``2 q.K - |K|^2``, one matrix product, and their scores then computed again
+    from ``q - K`` itself: the product cancels where keys are near.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     side, sides = tl.program_id(1), tl.num_programs(1)
@@ -78,29 +79,25 @@ def nearest_subkeys_kernel(
     index = tl.minimum(index, n - 1)  # whatever NaN made of it
 
     rank = tl.arange(0, BLOCK_K)[None, :]
-    exact = tl.zeros([BLOCK_T, BLOCK_K], kind)
-    for r in range(topk):
-        row = tl.sum(tl.where(rank == r, index, 0), axis=1).to(tl.int64)
-        total = tl.zeros([BLOCK_T], kind)
-        for start in range(0, half, BLOCK_H):
-            column = start + feature
+    if INVERSE_DISTANCE:
+        near = tl.arange(0, BLOCK_E)
+        exact = tl.zeros([BLOCK_T, BLOCK_K], kind)
+        for start in range(0, half, BLOCK_E):
+            column = start + near
             mask = inside[:, None] & (column < half)[None, :]
             q = tl.load(query + column[None, :], mask, 0.0).to(kind)
-            k = tl.load(keys + row[:, None] * half + column[None, :], mask, 0.0).to(kind)
-            if INVERSE_DISTANCE:
-                total += tl.sum((q - k) * (q - k), axis=1)
-            else:
-                total += tl.sum(q * k, axis=1)
-        exact = tl.where(rank == r, total[:, None], exact)
-    if INVERSE_DISTANCE:
-        exact = -tl.log(exact + EPSILON)
-    exact = tl.where(rank < topk, exact, float("-inf"))
-    exact, index = best_of_rows(exact, index, topk, BLOCK_K)
+            for r in range(topk):
+                row = tl.sum(tl.where(rank == r, index, 0), axis=1).to(tl.int64)
+                k = tl.load(keys + row[:, None] * half + column[None, :], mask, 0.0).to(kind)
+                part = tl.sum((q - k) * (q - k), axis=1)
+                exact += tl.where(rank == r, part[:, None], 0.0)
+        exact = tl.where(rank < topk, -tl.log(exact + EPSILON), float("-inf"))
+        best, index = best_of_rows(exact, index, topk, BLOCK_K)
 
     out = sequence * result_stride + (token.to(tl.int64)[:, None] * sides + side) * topk + rank
     kept = inside[:, None] & (rank < topk)
     tl.store(subkeys + out, index, kept)
-    tl.store(scores + out, exact, kept)
+    tl.store(scores + out, best, kept)
 
 
 def nearest_subkeys(
@@ -141,6 +138,7 @@ def nearest_subkeys(
         BLOCK_T=block_t,
         BLOCK_N=block_n,
         BLOCK_H=16,  # 32 need all 255 registers, and spill, at 512 sub-keys
+        BLOCK_E=min(power_of_two(half, 16), 128),
         BLOCK_K=power_of_two(topk),
         ONE_BLOCK=n <= block_n,
         PRECISION="ieee" if scores.dtype == torch.float64 else precision,
@@ -181,6 +179,7 @@ def product_kernel(
         sums = tl.load(scores + base + first, mask, float("-inf"))
         sums += tl.load(scores + base + topk + second, mask, float("-inf"))
         best, chosen = best_of_rows(sums, pair + tl.zeros([BLOCK_R, BLOCK_P], tl.int32), topk, BLOCK_K)
+        chosen = tl.minimum(chosen, PAIRS - 1)  # whatever NaN made of it
         kept = inside & (rank < topk)
         a, b = tl.load(staircase + 2 * chosen, kept, 0), tl.load(staircase + 2 * chosen + 1, kept, 0)
         slot = tl.load(subkeys + base + a, kept, 0).to(tl.int64) * n

@@ -51,10 +51,13 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
             tf32 = _product(sample, device, torch.float32)
         finally:
             torch.set_float32_matmul_precision(precision)
-    source = torch.empty(COPY_BYTES[device] // 4, dtype=torch.float32, device=device).fill_(1.0)
+    size = COPY_BYTES[device]
+    if device == "cuda":
+        size = min(size, torch.cuda.mem_get_info()[0] // 4)
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).fill_(1.0)
     target = torch.zeros_like(source)
     copy = _best(sample, lambda: target.copy_(source))
-    return Ceilings(flops, bytes=2 * COPY_BYTES[device] / copy, tf32_flops=tf32)
+    return Ceilings(flops, bytes=2 * source.nbytes / copy, tf32_flops=tf32)
 
 
 def _product(sample: Sampler, device: str, dtype: torch.dtype) -> float:

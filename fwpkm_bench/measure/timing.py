@@ -33,15 +33,16 @@ def measure(
     budget_s: float,
     prepare: Callable[[int], None] = lambda index: None,
     inspect: Callable[[Any], None] = lambda result: None,
+    sample: Sampler | None = None,
 ) -> Timing:
     """Time ``call(i)``, ``i`` counting up so that inputs can rotate.
 
     A call that is slower than half the budget is timed as often as the budget allows, down to once;
     it must have been warmed up by the caller on something shorter. Every other call first warms up.
     Outside the timing and the budget, ``prepare(i)`` runs before each call, and ``inspect`` gets what the
-    first one returned.
+    first one returned. ``sample`` is that of `sampler`, made before if its memory must not count.
     """
-    sample = cuda_sampler() if device == "cuda" else cpu_sample
+    sample = sample or sampler(device)
     warmup: list[float] = []
     samples: list[float] = []
     spent, index = 0.0, 0
@@ -76,6 +77,11 @@ def _settled(durations: list[float]) -> bool:
     before = statistics.median(durations[-2 * WINDOW : -WINDOW])
     after = statistics.median(durations[-WINDOW:])
     return abs(after - before) <= SETTLED * before
+
+
+def sampler(device: str) -> Sampler:
+    """How to time one call on ``device``."""
+    return cuda_sampler() if device == "cuda" else cpu_sample
 
 
 def cpu_sample(call: Callable[[], Any]) -> tuple[float, Any]:

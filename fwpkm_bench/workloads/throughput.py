@@ -19,7 +19,7 @@ from fwpkm_bench import catalog
 from fwpkm_bench.measure.ceilings import measure_ceilings
 from fwpkm_bench.measure.environment import cache_bytes
 from fwpkm_bench.measure.memory import PeakMemory, keep_freed_memory, vram_process_bytes
-from fwpkm_bench.measure.timing import measure
+from fwpkm_bench.measure.timing import measure, sampler
 from fwpkm_bench.measurement import DivergedError, Measurement, UnsupportedError
 from fwpkm_bench.spec import Case
 from fwpkm_bench.stats import timing_columns
@@ -198,6 +198,7 @@ def run(case: Case) -> Measurement:
     started = time.perf_counter()
     layer = build_layer(case).to(device=case.device, dtype=dtype)
     mode = MODES[case.mode](case, layer, dtype)
+    sample = sampler(case.device)  # what it holds on a GPU is none of the layer's memory
     memory = PeakMemory(case.device)
     columns: dict[str, Any] = {}
 
@@ -210,7 +211,12 @@ def run(case: Case) -> Measurement:
     mode.start()
     columns["setup_s"] = time.perf_counter() - started
     timing = measure(
-        mode.call, device=case.device, budget_s=case.budget_s, prepare=mode.prepare, inspect=inspect
+        mode.call,
+        device=case.device,
+        budget_s=case.budget_s,
+        prepare=mode.prepare,
+        inspect=inspect,
+        sample=sample,
     )
     columns |= timing_columns([sample / mode.steps for sample in timing.samples_ms], mode.step_tokens)
     columns |= {

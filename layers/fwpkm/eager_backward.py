@@ -53,7 +53,7 @@ class Walk:
         self.need_addresses = need_query or need_keys
         self.dkeys = query.new_zeros(ctx.keys_shape) if keys is None else keys
         self.drows = query.new_zeros((ctx.row_count, self.values.shape[1])) if rows is None else rows.clone()
-        self.dvalues = torch.zeros_like(self.values) if need_values else None
+        self.dvalues = query.new_zeros(self.values.shape) if need_values else None  # as wide as the rows
         self.dquery = torch.zeros_like(query)
         self.dgate = torch.zeros_like(gate)
         self.dtarget = query.new_zeros((len(query), query.shape[1] - ctx.target_offset, self.values.shape[1]))
@@ -62,10 +62,11 @@ class Walk:
     def results(self) -> tuple[Tensor | None, ...]:
         """Gradients to query, gate, target, keys, values and the rows that the call started from."""
         if self.dvalues is not None:
-            new = self.drows[self.ctx.new_rows].to(self.dvalues.dtype)
+            new = self.drows[self.ctx.new_rows]
             self.dvalues.index_add_(0, self.ctx.new_slots, new)
         rows = self.drows[: self.ctx.first_new_row]
-        found = (self.dquery, self.dgate, self.dtarget, self.dkeys, self.dvalues, rows)
+        dvalues = None if self.dvalues is None else self.dvalues.to(self.values.dtype)
+        found = (self.dquery, self.dgate, self.dtarget, self.dkeys, dvalues, rows)
         return tuple(g if need else None for g, need in zip(found, self.needed, strict=True))
 
     def step(self, chunk: Chunk) -> None:
@@ -148,7 +149,7 @@ class Walk:
         touched = row >= 0
         self.drows.index_add_(0, row[touched], flat[touched])
         if self.dvalues is not None:
-            self.dvalues.index_add_(0, place[~touched], flat[~touched].to(self.dvalues.dtype))
+            self.dvalues.index_add_(0, place[~touched], flat[~touched])
         return (peek.values * dv_hat.unsqueeze(2)).sum(-1).view(batch, count, heads, k)
 
     def _next_losses(self, pairs: int) -> Tensor | None:

@@ -44,8 +44,8 @@ class OverlayState:
         self.batch = batch
         self.key_shape = keys.shape
         self.value_shape = values.shape
-        self.initial_values = values  # [n*n, value_dim], never written
-        self.keys = keys.expand(memories, *keys.shape).clone()
+        self.initial_values = values.contiguous()  # [n*n, value_dim], never written
+        self.keys = keys.expand(memories, *keys.shape).clone(memory_format=torch.contiguous_format)
         self.rows = values.new_empty((0, values.shape[1]), dtype=keys.dtype)  # capacity, not only R
         self.rows_are_shared = False  # with a recorded graph: to be copied before they are written
         self.used_rows = 0

@@ -85,7 +85,7 @@ class _Run(torch.autograd.Function):
         ctx.save_for_backward(query, gate)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out["slots"])
-        after_keys = state.keys.clone() if state.keys is keys else state.keys
+        after_keys = state.keys.clone()  # the tape may hold these, and must not hold what holds the tape
         after_rows = state.rows[: state.used_rows].clone()
         return (
             out["retrieved"],

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fwpkm_bench.kernels.product_key_triton import nearest_subkeys, product
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum
-from fwpkm_bench.kernels.triton_support import power_of_two, require_triton
+from fwpkm_bench.kernels.triton_support import INTERPRETED, power_of_two, require_triton
 
 from .overlay import OverlayState
 from .reference import LOG_EPSILON, write_coefficient
 from .settings import MemorySettings
 from .triton_kernels import move_keys_kernel, read_kernel, usage_kernel
 
+# Sub-keys a program: few, for one sequence alone must fill the chip; interpreted, each program takes a while.
+FEW, SOME = (32, 32) if INTERPRETED else (8, 16)
 TILE = 8192  # values of a block that a program keeps in registers at most
 
 
@@ -144,6 +146,20 @@ def run(
 ) -> dict[str, Tensor]:
     """`eager.run` in Triton kernels, with the same arguments, results and state."""
     require_triton(query.device)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        return _run(state, query, target, gate, mask, flush=flush, tape=tape)
+
+
+def _run(
+    state: OverlayState,
+    query: Tensor,
+    target: Tensor,
+    gate: Tensor,
+    mask: Tensor | None,
+    *,
+    flush: bool,
+    tape: Tape | None,
+) -> dict[str, Tensor]:
     tokens = query.shape[1]
     plan = Plan.of(state, tokens, flush)
     old_query, old_gate, old_target = state.pending()
@@ -156,7 +172,7 @@ def run(
     groups = group(state, at, plan, mask)
     row = state.row_of_slot[state.table_slots(at.slots)].flatten(2)
     batch, features = len(query), target.shape[2]
-    retrieved = torch.empty_like(target)
+    retrieved = target.new_empty((batch, tokens, features))
     losses = gate.new_empty((batch, plan.pairs))
     difference = target.new_empty((batch, plan.pairs, features))
     before = state.rows.new_empty((len(groups.rows) if tape is not None else 0, features))
@@ -208,6 +224,11 @@ def run(
 def read(state: OverlayState, query: Tensor) -> Tensor:
     """What ``query [B, L, H*key_dim]`` finds, ``[B, L, value_dim]``; nothing is written."""
     require_triton(query.device)
+    with torch.cuda.device_of(query):
+        return _read_alone(state, query)
+
+
+def _read_alone(state: OverlayState, query: Tensor) -> Tensor:
     batch, tokens, _ = query.shape
     plan = Plan([Step(0, tokens, own=0, new=tokens, pairs=0, first=0, first_pair=0, first_peek=0)], tokens)
     at = address(state, query.contiguous(), plan)
@@ -273,8 +294,8 @@ def _move_keys(
     batch, addressed = scores.shape[:2]
     first = step.first + step.length - step.own
     block_k = power_of_two(settings.topk)
-    block_j, block_t = 32, max(16, 256 // block_k)
-    usage_kernel[(triton.cdiv(n, block_j), 2, memories)](
+    block_j, block_t = SOME, max(16, 256 // block_k)
+    usage_kernel[(triton.cdiv(n, FEW), 2, memories)](
         scores,
         subkeys,
         usage,
@@ -285,7 +306,7 @@ def _move_keys(
         n,
         HEADS=heads,
         topk=settings.topk,
-        BLOCK_J=block_j,
+        BLOCK_J=FEW,
         BLOCK_T=block_t,
         BLOCK_K=block_k,
         num_warps=4,
@@ -325,6 +346,10 @@ def group(state: OverlayState, at: Addressed, plan: Plan, mask: Tensor | None) -
     """Sort the written reads of a call by chunk, memory and slot, and claim a row for each slot."""
     settings = state.settings
     device = at.slots.device
+    if not plan.pairs and settings.boundary == "carry":  # as while one token after another is decoded
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        none = at.weights.new_empty(0)
+        return Groups(nothing, nothing.new_zeros(1), nothing, none, [0] * (len(plan.steps) + 1))
     places = len(state.row_of_slot)
     steps = torch.arange(len(plan.steps), device=device)
     pairs = torch.tensor([s.pairs for s in plan.steps], device=device)
@@ -434,10 +459,13 @@ def _pairs(tokens: Tensor, plan: Plan) -> Tensor:
     return tokens[:, _ranges([(s.first, s.pairs) for s in plan.steps], tokens.device)]
 
 
-def _ranges(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """The numbers of all ``ranges`` of a start and a length, one after another."""
+def _ranges(ranges: list[tuple[int, int]], device: torch.device) -> Tensor | slice:
+    """An index of the numbers of all ``ranges`` of a start and a length, one after another."""
+    if len(ranges) == 1:
+        start, length = ranges[0]
+        return slice(start, start + length)
     parts = [torch.arange(start, start + length) for start, length in ranges]
-    return torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat(parts).to(device, non_blocking=True)
 
 
 def _after(old: Tensor, new: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum
 from fwpkm_bench.kernels.triton_support import power_of_two
 
-from .triton import TILE, Record, Step
+from .triton import FEW, SOME, TILE, Record, Step
 from .triton_backward_kernels import (
     key_gradient_kernel,
     pull_gradient_kernel,
@@ -91,13 +91,20 @@ class Walk:
         """Gradients to query, gate, target, keys, values and the rows that the call started from."""
         dvalues = None
         if self.needed[4]:
-            dvalues = torch.zeros_like(self.values)
-            kind = dvalues.dtype
-            dvalues.index_add_(0, self.ctx.new_slots, self.drows[self.ctx.new_rows].to(kind))
-            dvalues.index_add_(0, self.unclaimed, self.drows[self.ctx.row_count :].to(kind))
+            dvalues = self._dense()
         rows = self.drows[: self.ctx.first_new_row]
         found = (self.dquery, self.dgate, self.dtarget, self.dkeys, dvalues, rows)
         return tuple(g if need else None for g, need in zip(found, self.needed, strict=True))
+
+    def _dense(self) -> Tensor:
+        """The gradient to the initial table: memories that touched the same slot add up, in a fixed order."""
+        last = torch.arange(self.ctx.row_count, len(self.drows), device=self.drows.device)
+        rows = torch.cat((self.ctx.new_rows, last))
+        slots, starts, order = group_reads(torch.cat((self.ctx.new_slots, self.unclaimed)))
+        dense = self.drows.new_zeros(self.values.shape)
+        ones = self.drows.new_ones(len(self.drows))
+        grouped_sum(dense, slots, starts, rows[order], ones, self.drows, reads=1, add=False)
+        return dense.to(self.values.dtype)
 
     def undo(self, index: int) -> None:
         """Undo one chunk: its gradients to what came in, and to the memory before it."""
@@ -230,7 +237,7 @@ class Walk:
             BLOCK_T=block_t,
             BLOCK_H=min(power_of_two(half, 16), 128),
         )
-        block_j, before = 32, torch.empty_like(self.dkeys)
+        block_j, before = SOME, torch.empty_like(self.dkeys)
         key_gradient_kernel[(triton.cdiv(n, block_j), heads * 2, memories)](
             queries,
             keys,
@@ -268,9 +275,8 @@ class Walk:
         n: int,
         shared: dict[str, Any],
     ) -> None:
-        block_j = 32
         slope = dusage if self.grad_entropy is None else self.grad_entropy[:, self.moves]
-        usage_gradient_kernel[(triton.cdiv(n, block_j), 2, len(usage))](
+        usage_gradient_kernel[(triton.cdiv(n, FEW), 2, len(usage))](
             self.at.scores,
             self.at.subkeys,
             usage,
@@ -286,6 +292,6 @@ class Walk:
             WEIGHT=self.settings.addressing_weight,
             FROM_ENTROPY=self.grad_entropy is not None,
             **{name: value for name, value in shared.items() if name != "STEP"},
-            BLOCK_J=block_j,
+            BLOCK_J=FEW,
             BLOCK_T=max(16, 256 // shared["BLOCK_K"]),
         )

@@ -138,7 +138,7 @@ def unread_kernel(
     tl.store(dsums + place, weight * (dweight - tl.sum(weight * dweight)), inside)
 
 
-@triton.jit(do_not_specialize=["first", "own", "query_stride", "addressed"])
+@triton.jit(do_not_specialize=["first", "own", "addressed"])
 def pull_gradient_kernel(
     query,
     keys,
@@ -244,7 +244,7 @@ def usage_gradient_kernel(
     tl.store(dusage + base + subkey, gradient, kept)
 
 
-@triton.jit(do_not_specialize=["first", "length", "own", "query_stride", "dquery_stride", "addressed"])
+@triton.jit(do_not_specialize=["first", "length", "own", "addressed"])
 def query_gradient_kernel(
     query,
     keys,
@@ -341,7 +341,7 @@ def query_gradient_kernel(
         tl.store(dquery + out, total + tl.load(dquery + out, mask, 0.0), mask)
 
 
-@triton.jit(do_not_specialize=["first", "length", "own", "query_stride", "addressed"])
+@triton.jit(do_not_specialize=["first", "length", "own", "addressed"])
 def key_gradient_kernel(
     query,
     keys,

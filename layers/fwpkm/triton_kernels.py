@@ -161,7 +161,7 @@ def own_pull(scores, subkeys, usage, place, valid, usage_base, tokens, INVERSE_D
     return a, chosen, p, g
 
 
-@triton.jit(do_not_specialize=["first", "own", "query_stride", "addressed"])
+@triton.jit(do_not_specialize=["first", "own", "addressed"])
 def move_keys_kernel(
     query,
     keys,

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, H heads, Dk key and Dv value features a head.
 """
 
+import torch
 from torch import Tensor
 
 from fwpkm_bench.kernels import fla_support
@@ -15,6 +16,7 @@ def gated_delta_rule(
     fla_support.require_fla(q.device)
     from fla.ops import gated_delta_rule as ops
 
-    run = ops.fused_recurrent_gated_delta_rule if q.shape[1] == 1 else ops.chunk_gated_delta_rule
+    one = q.shape[1] == 1 and not torch.is_grad_enabled()  # their recurrent kernel has no backward
+    run = ops.fused_recurrent_gated_delta_rule if one else ops.chunk_gated_delta_rule
     output, after = run(q, k, v, g=log_decay, beta=beta, initial_state=state, output_final_state=True)
     return output, after

@@ -15,7 +15,7 @@ from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, requi
 from . import eager
 from .core import IMPLEMENTATIONS, Core, State, draw_tables
 
-SEGMENT = 2048  # tokens read at a time where no gradient is wanted: bounds the memory of a long prefill
+SEGMENT = {"cpu": 2048, "cuda": 16384}  # tokens at a time where no gradient is wanted: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ class ProductKeyMemory(SequenceLayer):
         if torch.is_grad_enabled():
             return self._piece(tokens).view_as(x), state
         y = torch.empty_like(tokens)
-        for start in range(0, tokens.shape[0], SEGMENT):
-            piece = slice(start, start + SEGMENT)
+        segment = SEGMENT[tokens.device.type]
+        for start in range(0, tokens.shape[0], segment):
+            piece = slice(start, start + segment)
             y[piece] = self._piece(tokens[piece])
         return y.view_as(x), state
 

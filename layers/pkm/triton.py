@@ -18,11 +18,14 @@ from fwpkm_bench.kernels.product_key_triton import (
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum, row_dots, weighted_rows
 from fwpkm_bench.kernels.triton_support import require_triton, wide_type
 
+BLOCK = 4096  # tokens
+
 
 def pkm(query: Tensor, keys: Tensor, values: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same as `reference.pkm`, in the type of ``query``; computed in float32 at least."""
     require_triton(query.device)
-    output, indices, weights = _Read.apply(query, keys, values, topk)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        output, indices, weights = _Read.apply(query, keys, values, topk)
     return output, indices, weights
 
 
@@ -62,9 +65,12 @@ class _Read(torch.autograd.Function):
             share = row_dots(values, index, grad_output).view_as(weights) + grad_weights
             sums = weights * (share - (weights * share).sum(-1, keepdim=True))
             pulls = torch.zeros(subkeys.shape, dtype=weights.dtype, device=values.device)
-            for half, rank in enumerate((ranks // k, ranks % k)):
-                equal = rank.unsqueeze(-1) == torch.arange(k, dtype=rank.dtype, device=rank.device)
-                pulls[:, :, half] = (sums.unsqueeze(-1) * equal).sum(-2)  # [N, H, k, k]: no atomics
+            places = torch.arange(k, dtype=ranks.dtype, device=ranks.device)
+            for piece in range(0, len(ranks), BLOCK):  # [BLOCK, H, k, k] at a time; no atomics
+                some = slice(piece, piece + BLOCK)
+                for half, rank in enumerate((ranks[some] // k, ranks[some] % k)):
+                    equal = rank.unsqueeze(-1) == places
+                    pulls[some, :, half] = (sums[some].unsqueeze(-1) * equal).sum(-2)
             grad_query = subkeys_weighted(pulls, subkeys, keys).view_as(query).to(query.dtype)
             grad_keys = subkey_gradients(pulls, subkeys, query, keys.shape[2]).to(keys.dtype)
         return grad_query, grad_keys, grad_values, None
