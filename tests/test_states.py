@@ -14,25 +14,36 @@ from tests.test_layers import EXACT, each, pairs, small
 TOKENS = 37
 
 
-# Fifteen examples take the interpreted kernels minutes: .ci/run alone waits for them.
-SLOW = {"triton": pytest.mark.slow}
-most = pytest.mark.parametrize(
-    ("name", "backend"), [pytest.param(n, b, marks=SLOW.get(b, ()), id=f"{n}-{b}") for n, b in pairs()]
-)
+# Interpreted kernels take a millisecond a block: fewer tokens and examples, and in .ci/run alone.
+compiled = pytest.mark.parametrize(("name", "backend"), [pair for pair in pairs() if pair[1] != "triton"])
+interpreted = pytest.mark.parametrize(("name", "backend"), [pair for pair in pairs() if pair[1] == "triton"])
 
 
-@most
+@compiled
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.sets(st.integers(1, TOKENS - 1)), seed=st.integers(0, 2**16))
 def test_any_cutting_gives_outputs_state_and_gradients_of_the_whole(name, backend, cuts, seed) -> None:
+    cut_anywhere(name, backend, cuts, seed, TOKENS)
+
+
+@pytest.mark.slow
+@interpreted
+@settings(max_examples=3, deadline=None)
+@given(cuts=st.sets(st.integers(1, 10), max_size=3), seed=st.integers(0, 2**16))
+def test_any_cutting_of_interpreted_kernels(name, backend, cuts, seed) -> None:
+    cut_anywhere(name, backend, cuts, seed, 11)
+
+
+def cut_anywhere(name: str, backend: str, cuts: set[int], seed: int, tokens: int) -> None:
+    """Outputs, state and gradients in pieces are those of the whole."""
     layer = small(name, backend)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, TOKENS, 16, dtype=torch.float64, generator=generator).requires_grad_()
-    cotangent = torch.randn(2, TOKENS, 16, dtype=torch.float64, generator=generator)
+    x = torch.randn(2, tokens, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    cotangent = torch.randn(2, tokens, 16, dtype=torch.float64, generator=generator)
     found = []
     for where in ((), sorted(cuts)):
         state, pieces = None, []
-        for start, stop in itertools.pairwise((0, *where, TOKENS)):
+        for start, stop in itertools.pairwise((0, *where, tokens)):
             y, state = layer(x[:, start:stop], state)
             pieces.append(y)
         y = torch.cat(pieces, 1)
