@@ -1,6 +1,7 @@
 """The command line: click commands only; what is heavy is imported inside them."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -13,6 +14,7 @@ import click
 from fwpkm_bench import __version__
 from fwpkm_bench.errors import UsageError
 
+LONGEST_S = 7 * 24 * 3600
 TRACEBACK = "FWPKM_BENCH_TRACEBACK"  # set: let internal errors through whole
 
 SWEEP_EXAMPLES = """
@@ -22,6 +24,17 @@ Examples:
   fwpkm-bench sweep --layers fwpkm,gdn --seq 1k..8k:1k --workloads recall
   fwpkm-bench sweep --layers fwpkm --set fwpkm.topk=4,8,16
   fwpkm-bench sweep sweeps/quick.toml --out /tmp/quick
+"""
+
+
+COMPARE_EXAMPLES = """
+\b
+Examples:
+  fwpkm-bench compare HEAD                               what the working tree changes
+  fwpkm-bench compare main my-branch --layers fwpkm --seq 4k,32k --modes prefill,train
+  fwpkm-bench compare --a fwpkm.write_rule=authors --b fwpkm.write_rule=projected
+  fwpkm-bench compare --layers fwpkm --a backend=eager --b backend=reference --seq 1k
+  fwpkm-bench compare results/before results/after
 """
 
 
@@ -80,6 +93,15 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     if bad:
         raise UsageError(f"--{option.name} takes whole numbers such as 1,8; {bad[0]!r} is none")
     return tuple(int(n) for n in names)
+
+
+def _seconds(_ctx: click.Context, option: click.Parameter, value: str) -> float:
+    """``90``, ``90s`` or ``1.5m`` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|)", value.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not 0 < seconds <= LONGEST_S:
+        raise UsageError(f"--{option.name} takes a time such as 90s or 5m, above 0; {value!r} is none")
+    return seconds
 
 
 @main.command(epilog=SWEEP_EXAMPLES)
@@ -288,6 +310,57 @@ def verify(
     if any(check.status in ("wrong", "failed") for check in checks):
         return 1
     return 0 if any(check.status == "ok" for check in checks) else 4
+
+
+@main.command(epilog=COMPARE_EXAMPLES)
+@click.argument("base", required=False)
+@click.argument("head", required=False)
+@click.option(
+    "--layers", "--layer", callback=_names, metavar="NAMES", help="Which layers (default: those that differ)."
+)
+@click.option("--seq", default="4k", metavar="LENGTHS", help="As in sweep (default 4k).")
+@click.option(
+    "--modes", "--mode", callback=_names, default="prefill", help="prefill (default), train, decode."
+)
+@click.option(
+    "--batch", callback=_numbers, default="1", metavar="N[,N...]", help="Sequences at a time (default 1)."
+)
+@click.option("--dtype", callback=_names, default="float32", metavar="NAMES", help="As in sweep.")
+@click.option("--device", default="cpu", help="cpu (default) or cuda.")
+@click.option("--size", default="", help="laptop (default on a CPU) or paper (default on a GPU).")
+@click.option(
+    "--backend", callback=_names, default="best", metavar="NAME", help="Of both sides (default best)."
+)
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of both sides.")
+@click.option(
+    "--a", multiple=True, metavar="NAME=VALUE", help="A setting of side A, or backend=NAME; repeatable."
+)
+@click.option("--b", multiple=True, metavar="NAME=VALUE", help="The same of side B.")
+@click.option(
+    "--threshold", default=0.05, type=click.FloatRange(0.001, 10), help="What counts (default 0.05: 5%)."
+)
+@click.option("--budget", callback=_seconds, default="60s", help="Of timing, a case: 60s (default), 5m.")
+@click.option("--timeout", callback=_seconds, default="15m", help="For a side to answer (default 15m).")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Of inputs and parameters (default 0).")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder for tables, page and picture.")
+def compare(
+    base: str | None, head: str | None, seq: str, budget: float, timeout: float, **options: Any
+) -> int:
+    """Learn whether a change is right and whether it truly helped.
+
+    BASE and HEAD are git refs (HEAD: the working tree, if not named) or two run folders; or name neither,
+    and give --a and --b. First the results of both sides are checked; then the sides are timed in turns, in
+    processes of their own, until the interval is tight or the budget is spent.
+
+    Exits with 0 where nothing is worse, 1 for a regression, 3 for wrong results, 4 where a side could not be
+    measured.
+    """
+    from fwpkm_bench.comparing import command
+    from fwpkm_bench.ranges import parse_lengths
+
+    _interrupt_on(signal.SIGTERM)
+    asked = command.Options(seq=parse_lengths(seq), budget_s=budget, timeout_s=timeout, **options)
+    return command.run(base, head, asked)
 
 
 @main.command("kernels")

@@ -34,7 +34,7 @@ Panel: TypeAlias = Callable[[Axes, pd.DataFrame], None]
 def draw_all(frame: pd.DataFrame, short: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw every picture that the rows allow, as PNG and SVG; returns the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    sns.set_theme(style="whitegrid", context="notebook", rc={"svg.hashsalt": "fwpkm-bench"})
+    use_style()
     drawn: list[Path] = []
     for mode, rows in by_mode(short):
         rows = styled(rows)
@@ -49,17 +49,22 @@ def draw_all(frame: pd.DataFrame, short: pd.DataFrame, folder: Path) -> list[Pat
             panels |= {"recall": draw_recall}
         for name, panel in panels.items():
             where = name if name == "recall" else name + suffix
-            drawn.append(_save(_row_of((panel,), rows), folder / where))
+            drawn.append(save(_row_of((panel,), rows), folder / where))
         if has_speed and has_recall:
             three = (draw_speed, draw_memory, draw_recall)
-            drawn.append(_save(_row_of(three, rows), folder / f"overview{suffix}"))
+            drawn.append(save(_row_of(three, rows), folder / f"overview{suffix}"))
             if (rows["tokens_per_s"].notna() & rows["recall"].notna()).any():
-                drawn.append(_save(_trade_off(rows), folder / f"tradeoff{suffix}"))
+                drawn.append(save(_trade_off(rows), folder / f"tradeoff{suffix}"))
         elif panels:
-            drawn.append(_save(_row_of(panels.values(), rows), folder / f"overview{suffix}"))
+            drawn.append(save(_row_of(panels.values(), rows), folder / f"overview{suffix}"))
     if any(path.stem == "recall" for path in drawn):
-        drawn.append(_save(_by_age(frame), folder / "recall_by_age"))
+        drawn.append(save(_by_age(frame), folder / "recall_by_age"))
     return drawn
+
+
+def use_style() -> None:
+    """The look of every picture; drawn twice, a picture has the same bytes."""
+    sns.set_theme(style="whitegrid", context="notebook", rc={"svg.hashsalt": "fwpkm-bench"})
 
 
 def by_mode(short: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -287,7 +292,8 @@ def _by_age(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write ``figure`` as SVG and PNG beside each other; returns the PNG."""
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=DPI)
     return path.with_suffix(".png")

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from fwpkm_bench import catalog
+from fwpkm_bench.errors import UsageError
 from fwpkm_bench.measurement import DivergedError, UnsupportedError
 from fwpkm_bench.spec import Case
 
@@ -27,7 +28,7 @@ def work(case: dict[str, Any], connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     resolved = Case(**case)
     if resolved.device == "cpu":
-        _limit_memory()
+        limit_memory()
     connection.send(attempt(resolved))
     connection.close()
 
@@ -37,24 +38,31 @@ def attempt(case: Case) -> dict[str, Any]:
     outcome: dict[str, Any] = {"status": "ok", "reason": "", "columns": {}, "samples_ms": [], "warmup_ms": []}
     try:
         measurement = catalog.load_workload(case.workload).run(case)
-    except UnsupportedError as error:
-        return outcome | {"status": "unsupported", "reason": _one_line(error)}
-    except NotImplementedError as error:
-        return outcome | {"status": "unsupported", "reason": _one_line(error) or "not implemented"}
-    except DivergedError as error:
-        return outcome | {"status": "diverged", "reason": _one_line(error)}
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return outcome | {"status": "oom", "reason": _one_line(error) or "out of memory"}
     except Exception as error:  # noqa: BLE001 - whatever a layer throws is a row
-        status = "oom" if "can't allocate memory" in str(error) else "crashed"
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        return outcome | {"status": status, "reason": reason, "detail": traceback.format_exc()}
+        return outcome | failure(error)
     columns = {name: _plain(value) for name, value in measurement.columns.items()}
     return outcome | {
         "columns": columns,
         "samples_ms": measurement.samples_ms,
         "warmup_ms": measurement.warmup_ms,
     }
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """The status and the reason, of one line, that ``error`` comes to; of a crash the whole trace too."""
+    reason = _one_line(error)
+    match error:
+        case UnsupportedError() | UsageError():
+            return {"status": "unsupported", "reason": reason}
+        case NotImplementedError():
+            return {"status": "unsupported", "reason": reason or "not implemented"}
+        case DivergedError():
+            return {"status": "diverged", "reason": reason}
+        case MemoryError() | torch.OutOfMemoryError():
+            return {"status": "oom", "reason": reason or "out of memory"}
+    status = "oom" if "can't allocate memory" in str(error) else "crashed"
+    detail = "".join(traceback.format_exception(error))
+    return {"status": status, "reason": f"{type(error).__name__}: {reason}", "detail": detail}
 
 
 def _plain(value: Any) -> Any:
@@ -75,7 +83,7 @@ def _end_with_parent(connection: Connection) -> None:
         os._exit(1)
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """Let allocations beyond the free memory fail here, rather than have the system kill at random."""
     if sys.platform != "linux":
         return

@@ -19,13 +19,19 @@ from fwpkm_bench.spec import Case
 PATIENCE_S = 5.0  # for a process that has sent its outcome to end
 
 
+def process_context() -> Any:
+    """What starts processes that have torch imported already, where the system can fork."""
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+    if sys.platform != "win32":
+        context.set_forkserver_preload(["fwpkm_bench.worker"])
+    return context
+
+
 class LocalExecutor:
     """Runs cases; `stop` ends the one that is running."""
 
     def __init__(self) -> None:
-        self._context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-        if sys.platform != "win32":
-            self._context.set_forkserver_preload(["fwpkm_bench.worker"])
+        self._context = process_context()
         self._process: Any = None
 
     def run(self, case: Case, timeout_s: float) -> dict[str, Any]:
@@ -35,7 +41,7 @@ class LocalExecutor:
         ours, theirs = self._context.Pipe()
         self._process = self._context.Process(target=worker.work, args=(dataclasses.asdict(case), theirs))
         started = time.monotonic()
-        with _uninterrupted():
+        with uninterrupted():
             self._process.start()
         theirs.close()
         try:
@@ -44,7 +50,7 @@ class LocalExecutor:
             return ours.recv()
         except (EOFError, OSError):
             self._process.join(PATIENCE_S)
-            return _failed("crashed", _epitaph(self._process.exitcode, time.monotonic() - started))
+            return _failed("crashed", epitaph(self._process.exitcode, time.monotonic() - started))
         finally:
             self.stop()
             ours.close()
@@ -62,7 +68,7 @@ class LocalExecutor:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end: half a message to the server of processes would end it with a traceback."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
@@ -83,7 +89,8 @@ def _failed(status: str, reason: str) -> dict[str, Any]:
     return {"status": status, "reason": reason, "columns": {}, "samples_ms": [], "warmup_ms": []}
 
 
-def _epitaph(code: int | None, after_s: float) -> str:
+def epitaph(code: int | None, after_s: float) -> str:
+    """How a process ended that did not say so itself."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (the system kills so when memory runs out)" if name == "SIGKILL" else ""

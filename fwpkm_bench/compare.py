@@ -1,0 +1,269 @@
+"""Two sides, case by case: right first, then how fast, in how much memory, and with what recall."""
+
+import itertools
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwpkm_bench.comparing import verdicts
+from fwpkm_bench.comparing.duel import Fought, fight
+from fwpkm_bench.comparing.gate import Checked, Gate, compare_outputs
+from fwpkm_bench.comparing.remote import Remote, SideError
+from fwpkm_bench.comparing.sides import Side
+from fwpkm_bench.comparing.verdicts import Speed, Turn
+from fwpkm_bench.ranges import format_length
+
+WORSE = {"verdict": "slower", "memory": "more", "recall": "lower"}
+NOTHING_WORSE, REGRESSED, WRONG, NOT_MEASURED = 0, 1, 3, 4  # exit codes; 2 is usage
+COLUMNS = [
+    *("layer", "mode", "seq", "batch", "dtype", "device", "backend_a", "backend_b", "status", "reason"),
+    *("results", "worst_error", "verdict", "time_ratio", "time_ratio_lo", "time_ratio_hi", "p_value"),
+    *("noise_lo", "noise_hi", "tokens_per_s_a", "tokens_per_s_b", "invocations", "rounds"),
+    *("memory", "peak_memory_bytes_a", "peak_memory_bytes_b", "state_bytes_a", "state_bytes_b"),
+    *("recall", "recall_a", "recall_b", "seconds"),
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared. Each of ``requests`` has the fields of a `Sweep` that comes to one case."""
+
+    a: Side
+    b: Side
+    requests: list[dict[str, Any]]
+    threshold: float = 0.05
+    budget_s: float = 60.0  # of timing, a case
+    timeout_s: float = 900.0
+    seed: int = 0
+
+
+@dataclass
+class Compared:
+    """Tidy rows: a case, a checked quantity, a turn."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[Checked] = field(default_factory=list)
+    turns: list[tuple[str, Turn]] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        if any(row["results"] == "wrong" for row in self.rows):
+            return WRONG
+        if any(row.get(name) == worse for row in self.rows for name, worse in WORSE.items()):
+            return REGRESSED
+        if not self.rows or any(row["status"] != "ok" for row in self.rows):
+            return NOT_MEASURED
+        return NOTHING_WORSE
+
+
+def requests(
+    layers: tuple[str, ...],
+    modes: tuple[str, ...],
+    seq: tuple[int, ...],
+    batch: tuple[int, ...],
+    dtype: tuple[str, ...],
+    **others: Any,
+) -> list[dict[str, Any]]:
+    """One request a case, short sequences first."""
+    names = ("seq", "layers", "modes", "batch", "dtype")
+    axes = itertools.product(seq, layers, modes, batch, dtype)
+    return [{name: (value,) for name, value in zip(names, point, strict=True)} | others for point in axes]
+
+
+def label(request: dict[str, Any]) -> str:
+    """For people: ``fwpkm prefill 4k``, with what is not the usual."""
+    (layer,), (mode,), (seq,) = request["layers"], request["modes"], request["seq"]
+    (batch,), (dtype,) = request["batch"], request["dtype"]
+    unusual = [f"B {batch}"] * (batch != 1) + [dtype] * (dtype != "float32")
+    return " ".join([layer, mode, format_length(seq), *unusual])
+
+
+def compare(plan: Plan, say: Callable[[str], None]) -> Compared:
+    """Compare the sides of ``plan``; what cannot be measured is a row with its reason."""
+    found = Compared()
+    recalls: dict[Any, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="fwpkm-bench-") as temporary:
+        gate = Gate(plan.a, Path(temporary), plan.timeout_s)
+        for request in plan.requests:
+            row = _row(request)
+            found.rows.append(row)
+            name = label(request)
+            try:
+                say(f"{name}: are the results right?")
+                _judge_results(row, gate, plan, request, found)
+                if row["results"] == "wrong":
+                    say(f"{name}: wrong, by {row['worst_error']:.1e}; not timed")
+                    continue
+                _judge_speed(row, plan, request, found, Path(temporary), say)
+                if row["results"] == "right":
+                    key = (request["layers"], request["seq"])
+                    if key not in recalls:
+                        recalls[key] = _recall(plan, request)
+                    row |= recalls[key]
+            except SideError as error:
+                row |= {"status": error.status, "reason": str(error)}
+                say(f"{name}: could not be measured: {error}")
+    return found
+
+
+def _row(request: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    names = {"layer": "layers", "mode": "modes", "seq": "seq", "batch": "batch", "dtype": "dtype"}
+    row |= {column: request[name][0] for column, name in names.items()}
+    return row | {"device": request["device"], "status": "ok", "reason": ""}
+
+
+def _judge_results(
+    row: dict[str, Any], gate: Gate, plan: Plan, request: dict[str, Any], found: Compared
+) -> None:
+    for side in (plan.a, plan.b):
+        _note_checks(row, gate.check(label(request), side, request, plan.seed), found)
+
+
+def _note_checks(row: dict[str, Any], checks: list[Checked], found: Compared) -> None:
+    """Add ``checks``, and say in ``row`` by how much the worst is off: of those that miss, or of all."""
+    found.checks += checks
+    wrong = [c for c in checks if not c.right]
+    row["results"] = "wrong" if wrong or row["results"] == "wrong" else "right"
+    worst = max((c.error for c in wrong or checks), default=0.0)
+    row["worst_error"] = max(worst, row["worst_error"] or 0.0)
+    if wrong and not row["reason"]:
+        first = wrong[0]
+        row["reason"] = (
+            f"side {first.side}: {first.what} is off by {first.error:.1e} from {first.against}, "
+            f"allowed {first.allowed:.1e}"
+        )
+
+
+def _judge_speed(
+    row: dict[str, Any],
+    plan: Plan,
+    request: dict[str, Any],
+    found: Compared,
+    folder: Path,
+    say: Callable[[str], None],
+) -> None:
+    name = label(request)
+    outputs = folder / "outputs-a", folder / "outputs-b"
+
+    def check(fought: Fought) -> bool:
+        a, b = (fought.starts[side][0] for side in ("A", "B"))
+        row.update(backend_a=a["backend"], backend_b=b["backend"])
+        if a["settings"] != b["settings"]:
+            return True  # their outputs differ by intention
+        if a["parameters"] != b["parameters"]:
+            row["reason"] = "the sides draw other parameters, so their outputs as timed were not compared"
+            return True
+        (dtype,) = request["dtype"]
+        _note_checks(row, compare_outputs(name, plan.a, plan.b, outputs, dtype), found)
+        return row["results"] == "right"
+
+    def show(invocation: int, said: Speed) -> None:
+        say(f"{name}: {invocation} x 3 processes, B/A {ratio_text(said.time)}")
+
+    fought = fight(
+        plan.a,
+        plan.b,
+        request,
+        outputs=outputs,
+        budget_s=plan.budget_s,
+        threshold=plan.threshold,
+        timeout_s=plan.timeout_s,
+        check=check,
+        show=show,
+    )
+    if row["results"] == "wrong":
+        say(f"{name}: wrong, by {row['worst_error']:.1e}; not timed")
+        return
+    found.turns += [(name, turn) for turn in fought.turns]
+    row |= _speed_columns(fought, plan.threshold)
+    row |= _memory_columns(fought, plan.threshold, request["device"])
+
+
+def _speed_columns(fought: Fought, threshold: float) -> dict[str, Any]:
+    said = verdicts.speed(fought.turns, threshold)
+    tokens = fought.starts["A"][0]["step_tokens"]
+    middle = {side: np.median([t.ms for t in fought.turns if t.side == side]) for side in ("A", "B")}
+    columns = {
+        "verdict": said.verdict,
+        "time_ratio": said.time.ratio,
+        "time_ratio_lo": said.time.lo,
+        "time_ratio_hi": said.time.hi,
+        "p_value": said.p_value,
+        "noise_lo": said.noise.lo,
+        "noise_hi": said.noise.hi,
+        "tokens_per_s_a": tokens / middle["A"] * 1e3,
+        "tokens_per_s_b": tokens / middle["B"] * 1e3,
+        "invocations": len({t.invocation for t in fought.turns}),
+        "rounds": len({(t.invocation, t.round) for t in fought.turns}),
+        "seconds": fought.seconds,
+    }
+    return columns | ({"reason": said.reason} if said.reason else {})
+
+
+def _memory_columns(fought: Fought, threshold: float, device: str) -> dict[str, Any]:
+    peaks = {
+        name: [s["peak_memory_bytes"] for side in sides for s in fought.starts[side]]
+        for name, sides in {"a": ("A", verdicts.AGAIN), "b": ("B",)}.items()
+    }
+    states = {name: fought.starts[side][0]["state_bytes"] for name, side in (("a", "A"), ("b", "B"))}
+    return {
+        "memory": memory_verdict(peaks["a"], peaks["b"], states["a"], states["b"], threshold, device),
+        **{f"peak_memory_bytes_{name}": int(np.median(values)) for name, values in peaks.items()},
+        **{f"state_bytes_{name}": value for name, value in states.items()},
+    }
+
+
+def memory_verdict(
+    peaks_a: list[int], peaks_b: list[int], state_a: int, state_b: int, threshold: float, device: str
+) -> str:
+    """Of peak memory and of state together: ``more`` where either is."""
+    said = {
+        verdicts.memory(peaks_a, peaks_b, threshold, device),
+        verdicts.memory([state_a], [state_b], threshold, "exact"),
+    }
+    return next((verdict for verdict in ("more", "less") if verdict in said), "same")
+
+
+def _recall(plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
+    """The recall of both sides' memories at the length of ``request``; empty for a layer without one."""
+    found = {}
+    for side in (plan.a, plan.b):
+        with Remote(side, request, plan.timeout_s) as remote:
+            try:
+                found[side.name] = remote.call("recall")
+            except SideError as error:
+                if error.status != "unsupported":
+                    raise
+                return {}
+    a, b = found["A"], found["B"]
+    said = verdicts.recall((a["right"], a["queries"]), (b["right"], b["queries"]))
+    return {"recall": said, "recall_a": a["recall"], "recall_b": b["recall"]}
+
+
+def ratio_text(ratio: verdicts.Ratio) -> str:
+    """``1.02 (0.99 to 1.05)``."""
+    interval = "" if ratio.lo is None else f" ({ratio.lo:.3f} to {ratio.hi:.3f})"
+    return f"{ratio.ratio:.3f}{interval}"
+
+
+def summed_up(found: Compared) -> str:
+    """One line: how many cases came out how."""
+    said = {
+        "verdict": {v: v for v in ("slower", "faster", "same", "ambiguous")},
+        "memory": {"more": "with more memory", "less": "with less memory"},
+        "recall": {"lower": "with lower recall", "higher": "with higher recall"},
+        "results": {"wrong": "wrong"},
+    }
+    parts = []
+    for column, texts in said.items():
+        counts = Counter(row[column] for row in found.rows)
+        parts += [f"{counts[value]} {text}" for value, text in texts.items() if counts[value]]
+    if failed := sum(row["status"] != "ok" for row in found.rows):
+        parts.append(f"{failed} not measured")
+    return f"{len(found.rows)} {'case' if len(found.rows) == 1 else 'cases'}: {', '.join(parts)}"

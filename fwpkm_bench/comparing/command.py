@@ -1,0 +1,208 @@
+"""What ``fwpkm-bench compare`` does with its arguments."""
+
+import itertools
+import os
+import re
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fwpkm_bench import catalog, spec
+from fwpkm_bench.compare import NOTHING_WORSE, Compared, Plan, compare, requests, summed_up
+from fwpkm_bench.comparing import results
+from fwpkm_bench.comparing.runs import compare_runs, differences
+from fwpkm_bench.comparing.sides import Side, changed_layers, export, find_repository
+from fwpkm_bench.errors import UsageError
+from fwpkm_bench.measure.environment import describe
+from fwpkm_bench.run import check_device
+from fwpkm_bench.spec import Sweep
+from fwpkm_bench.store import RUN
+
+HARMLESS = re.compile(r"[^A-Za-z0-9._+-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line, apart from what is compared."""
+
+    layers: tuple[str, ...] | None
+    modes: tuple[str, ...]
+    seq: tuple[int, ...]
+    batch: tuple[int, ...]
+    dtype: tuple[str, ...]
+    device: str
+    size: str
+    backend: tuple[str, ...]
+    settings: tuple[str, ...]
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+    threshold: float
+    budget_s: float
+    timeout_s: float
+    seed: int
+    out: Path | None
+
+
+def run(base: str | None, head: str | None, options: Options) -> int:
+    """Compare, write and print; returns the exit code.
+
+    Raises:
+        UsageError: before anything is measured or written.
+    """
+    a, b = (None if name is None else run_folder(name) for name in (base, head))
+    if a is not None and b is not None:
+        return _runs(a, b, options)
+    if a is not None or b is not None:
+        raise UsageError("a run folder is compared with another one: fwpkm-bench compare RUN_A RUN_B")
+    return _sides(base, head, options)
+
+
+def run_folder(name: str) -> Path | None:
+    """The run folder called ``name``, a path or a name under results/; None where there is none."""
+    return next((p for p in (Path(name), Path("results") / name) if (p / RUN).is_file()), None)
+
+
+def _runs(a: Path, b: Path, options: Options) -> int:
+    if options.a or options.b or options.layers:
+        raise UsageError("two run folders are compared as they are; --a, --b and --layers choose what to run")
+    found = compare_runs(a, b, options.threshold)
+    warnings = ["Measured apart: a drift of the machine between the two runs is not excluded."]
+    warnings += [f"Different {line}" for line in differences(a, b)]
+    out = _out(options, str(a), str(b))
+    results.prepare(out)
+    return _deliver(found, out, options, ({"label": str(a)}, {"label": str(b)}), warnings)
+
+
+def _sides(base: str | None, head: str | None, options: Options) -> int:
+    check_device(options.device)
+    if base is None and not (options.a or options.b):
+        raise UsageError(
+            "name what to compare: a git ref (HEAD against the working tree: fwpkm-bench compare HEAD), "
+            "two run folders, or settings (--a fwpkm.topk=8 --b fwpkm.topk=16)"
+        )
+    with tempfile.TemporaryDirectory(prefix="fwpkm-bench-") as temporary:
+        if base is None:
+            a, b = Side("A", _said(options.a)), Side("B", _said(options.b))
+        else:
+            repository = find_repository()
+            a = export(repository, base, "A", Path(temporary))
+            b = export(repository, head, "B", Path(temporary))
+        layers = options.layers or _layers_to_compare(a, b, options)
+        if not layers:
+            click.echo("no file of a layer differs between the two; name --layers to compare all the same")
+            return NOTHING_WORSE
+        a = _with_changes(a, options.a, options, layers)
+        b = _with_changes(b, options.b, options, layers)
+        asked = requests(
+            _relative(layers, base),
+            options.modes,
+            options.seq,
+            options.batch,
+            options.dtype,
+            device=options.device,
+            size=options.size,
+            backend=options.backend,
+            seeds=(options.seed,),
+        )
+        out = _out(options, a.label, b.label)
+        results.prepare(out)
+        plan = Plan(a, b, asked, options.threshold, options.budget_s, options.timeout_s, options.seed)
+        found = compare(plan, lambda line: click.echo(line, err=True))
+        return _deliver(found, out, options, (a.describe(), b.describe()), [])
+
+
+def _said(changes: tuple[str, ...]) -> str:
+    return " ".join(changes) or "as it is"
+
+
+def _layers_to_compare(a: Side, b: Side, options: Options) -> tuple[str, ...]:
+    """Those with settings of a side's own, or else those whose files differ."""
+    texts = itertools.chain(options.a, options.b, options.settings)
+    named = {text.partition("=")[0].rpartition(".")[0] for text in texts} - {""}
+    if named:
+        return tuple(sorted(named))
+    if a.root is None:
+        raise UsageError("name --layers: what differs is a backend, which every layer may have")
+    return tuple(changed_layers(a, b, catalog.layer_names()))
+
+
+def _with_changes(side: Side, changes: tuple[str, ...], options: Options, layers: tuple[str, ...]) -> Side:
+    """``side`` with ``backend=...`` and ``layer.setting=...``; checked against the layers at hand."""
+    backends = [text.partition("=")[2] for text in changes if text.startswith("backend=")]
+    settings = spec.parse_settings(options.settings)
+    settings |= spec.parse_settings(text for text in changes if not text.startswith("backend="))
+    for name, values in settings.items():
+        if len(values) != 1:
+            raise UsageError(f"{name} has {len(values)} values; a side has one")
+    backend = backends[-1] if backends else None
+    spec.cases(  # refuses what no layer has
+        Sweep(
+            layers=layers,
+            modes=options.modes,
+            seq=options.seq,
+            batch=options.batch,
+            dtype=options.dtype,
+            device=options.device,
+            size=options.size,
+            backend=(backend,) if backend else options.backend,
+            workloads=("throughput",),
+            settings=settings,
+        )
+    )
+    label = side.label
+    if side.root is not None and changes:
+        label += f" with {' '.join(changes)}"
+    return Side(side.name, label, side.root, side.package, side.commit, side.dirty, backend, settings)
+
+
+def _relative(layers: tuple[str, ...], base: str | None) -> tuple[str, ...]:
+    """Files as seen from the repository, where each side has its own copy."""
+    if base is None:
+        return layers
+    root = find_repository()
+    found = []
+    for name in layers:
+        path, colon, rest = name.rpartition(":")
+        full = Path(path).resolve()
+        inside = catalog.is_file(name) and full.is_relative_to(root)
+        found.append(f"{full.relative_to(root)}{colon}{rest}" if inside else name)
+    return tuple(found)
+
+
+def _out(options: Options, a: str, b: str) -> Path:
+    if options.out is not None:
+        return options.out
+    names = (HARMLESS.sub("-", label).strip("-") for label in (a, b))
+    return Path("results") / "compare" / "--".join(names)[:120]
+
+
+def _deliver(
+    found: Compared,
+    out: Path,
+    options: Options,
+    sides: tuple[dict[str, Any], dict[str, Any]],
+    warnings: list[str],
+) -> int:
+    about = {
+        "command": shlex.join(["fwpkm-bench", *sys.argv[1:]]),
+        "a": sides[0],
+        "b": sides[1],
+        "threshold": options.threshold,
+        "budget_s": options.budget_s,
+        "warnings": warnings,
+        "environment": describe(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    results.write(out, found, about)
+    results.print_table(found)
+    for warning in warnings:
+        click.echo(warning)
+    click.echo(f"tables   {out / 'compare.csv'}, checks.csv, turns.csv")
+    click.echo(f"report   {out / 'compare.md'}")
+    click.echo(summed_up(found))
+    return found.exit_code

@@ -1,0 +1,105 @@
+"""Two run folders against each other: the cases that both measured, from their journals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fwpkm_bench.compare import COLUMNS, Compared, memory_verdict
+from fwpkm_bench.comparing import verdicts
+from fwpkm_bench.errors import UsageError
+from fwpkm_bench.store import read_journal, read_run
+
+NO_MATTER = ("budget_s",)  # for what is measured
+ENVIRONMENT = ("cpu", "threads", "gpus", "versions", "python")
+
+
+def compare_runs(a: Path, b: Path, threshold: float) -> Compared:
+    """One row a case of the throughput workload that is in both, with the recall of the same layer, settings
+    and length beside it; a recall that no such case goes with is a row of its own.
+
+    Raises:
+        UsageError: a folder holds no run, or the two have no case in common.
+    """
+    records = [{_key(r["case"]): r for r in read_journal(path)} for path in (a, b)]
+    common = [key for key in records[0] if key in records[1]]
+    if not common:
+        raise UsageError(f"{a} and {b} have no case in common; nothing can be compared")
+    recalls = {}
+    found = Compared()
+    pairs = [(records[0][key], records[1][key]) for key in common]
+    for mine, theirs in pairs:
+        if mine["case"]["workload"] == "recall":
+            recalls[_memory(mine["case"])] = _recall_columns(mine, theirs)
+    used = set()
+    for mine, theirs in pairs:
+        if mine["case"]["workload"] == "throughput":
+            memory = _memory(mine["case"])
+            used.add(memory)
+            found.rows.append(_row(mine, theirs, threshold) | recalls.get(memory, {}))
+    for mine, theirs in pairs:
+        if mine["case"]["workload"] == "recall" and _memory(mine["case"]) not in used:
+            found.rows.append(_base(mine, theirs) | recalls[_memory(mine["case"])])
+    return found
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What the machines and the software of two runs differ in, a line each."""
+    environments = [read_run(path)["environment"] for path in (a, b)]
+    return [
+        f"{name}: {json.dumps(environments[0].get(name))} and {json.dumps(environments[1].get(name))}"
+        for name in ENVIRONMENT
+        if environments[0].get(name) != environments[1].get(name)
+    ]
+
+
+def _key(case: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in case.items() if k not in NO_MATTER}, sort_keys=True)
+
+
+def _memory(case: dict[str, Any]) -> str:
+    names = ("layer", "backend", "seq", "dtype", "device", "seed", "layer_settings")
+    return json.dumps({name: case[name] for name in names}, sort_keys=True)
+
+
+def _base(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    case = mine["case"]
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row |= {name: case[name] for name in ("layer", "mode", "seq", "batch", "dtype", "device")}
+    row |= {"backend_a": case["backend"], "backend_b": case["backend"], "status": "ok", "reason": ""}
+    for side, record in (("A", mine), ("B", theirs)):
+        if record["status"] != "ok":
+            row |= {"status": record["status"], "reason": f"side {side}: {record['reason']}"}
+    return row
+
+
+def _row(mine: dict[str, Any], theirs: dict[str, Any], threshold: float) -> dict[str, Any]:
+    row = _base(mine, theirs)
+    if row["status"] != "ok":
+        return row
+    steps = [record["columns"].get("decode_tokens") or 1 for record in (mine, theirs)]
+    a, b = ([ms / n for ms in r["samples_ms"]] for r, n in zip((mine, theirs), steps, strict=True))
+    said = verdicts.apart(a, b, threshold)
+    row |= {
+        "verdict": said.verdict,
+        "reason": said.reason,
+        "time_ratio": said.time.ratio,
+        "time_ratio_lo": said.time.lo,
+        "time_ratio_hi": said.time.hi,
+        "p_value": said.p_value,
+    }
+    for side, record in (("a", mine), ("b", theirs)):
+        columns = record["columns"]
+        row |= {f"{n}_{side}": columns[n] for n in ("tokens_per_s", "peak_memory_bytes", "state_bytes")}
+    peak_a, peak_b, state_a, state_b = (
+        row[f"{name}_{side}"] for name in ("peak_memory_bytes", "state_bytes") for side in "ab"
+    )
+    row["memory"] = memory_verdict([peak_a], [peak_b], state_a, state_b, threshold, row["device"])
+    return row
+
+
+def _recall_columns(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    if mine["status"] != "ok" or theirs["status"] != "ok":
+        return {}
+    a, b = mine["columns"], theirs["columns"]
+    said = verdicts.recall((a["right"], a["queries"]), (b["right"], b["queries"]))
+    return {"recall": said, "recall_a": a["recall"], "recall_b": b["recall"]}

@@ -1,0 +1,355 @@
+"""Comparisons: verdicts on turns whose truth is known, and whole runs over a repository of their own."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from fwpkm_bench import run as runner
+from fwpkm_bench.cli import main
+from fwpkm_bench.comparing import verdicts
+from fwpkm_bench.comparing.verdicts import AGAIN, Turn, speed
+from fwpkm_bench.spec import Sweep
+from fwpkm_bench.store import JOURNAL
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYER = "mine.py:Mean"
+THRESHOLD = 0.05
+
+
+def turns(slowdown: float, luck: float = 0.01, seed: int = 0, invocations: int = 8) -> list[Turn]:
+    """Turns of a machine that drifts by a half from round to round, with jitter of 3%, and where each process
+    is faster or slower for life by ``luck``."""
+    chance = np.random.default_rng(seed)
+    found = []
+    for invocation in range(invocations):
+        own = {name: np.exp(chance.normal(0, luck)) for name in ("A", "B", AGAIN)}
+        own["B"] *= slowdown
+        for number in range(6):
+            weather = np.exp(chance.normal(0, 0.4))
+            for name in ("A", "B", AGAIN, AGAIN, "B", "A"):
+                jitter = np.exp(abs(chance.normal(0, 0.03)))
+                found.append(Turn(name, invocation, number, float(weather * own[name] * jitter)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "verdict"), [(1.0, "same"), (1.01, "same"), (1.15, "slower"), (1 / 1.15, "faster")]
+)
+def test_a_verdict_is_right_on_nearly_every_draw(slowdown: float, verdict: str) -> None:
+    said = [speed(turns(slowdown, seed=seed), THRESHOLD).verdict for seed in range(40)]
+    assert said.count(verdict) >= 38
+    assert set(said) <= {verdict, "ambiguous"}  # never the wrong one
+
+
+def test_a_small_change_is_never_called_by_its_opposite() -> None:
+    said = {speed(turns(1.05, luck=0.03, seed=seed), THRESHOLD).verdict for seed in range(40)}
+    assert "faster" not in said
+
+
+def test_luck_of_a_process_is_no_change() -> None:
+    """Processes that differ by 5% for life: rounds alone would call that significant."""
+    found = [speed(turns(1.0, luck=0.05, seed=seed), THRESHOLD) for seed in range(40)]
+    assert sum(said.verdict in ("slower", "faster") for said in found) <= 1
+    assert sum(said.p_value < 0.001 for said in found) > 4  # of 40, where chance gives none
+
+
+def test_the_interval_covers_the_truth() -> None:
+    found = [speed(turns(1.1, luck=0.02, seed=seed), THRESHOLD).time for seed in range(60)]
+    covered = sum(ratio.lo <= 1.1 <= ratio.hi for ratio in found if ratio.lo and ratio.hi)
+    assert covered >= 56  # of a 99% interval by resampling eight invocations
+
+
+def test_few_invocations_make_no_verdict() -> None:
+    said = speed(turns(2.0, invocations=3), THRESHOLD)
+    assert said.verdict == "ambiguous"
+    assert "3 of the 4 invocations" in said.reason
+    assert said.time.ratio == pytest.approx(2.0, rel=0.1)
+    assert said.time.lo is None
+
+
+def test_noise_above_the_threshold_keeps_a_slowdown_open() -> None:
+    noisy = [
+        Turn(t.side, t.invocation, t.round, t.ms * (1.3 if t.side == AGAIN and t.invocation % 2 else 1.0))
+        for t in turns(1.15)
+    ]
+    said = speed(noisy, THRESHOLD)
+    assert said.noise.hi > 1.15
+    assert said.verdict == "ambiguous"
+
+
+def test_samples_of_two_runs() -> None:
+    chance = np.random.default_rng(0)
+    a, b = (list(scale * np.exp(chance.normal(0, 0.02, 20))) for scale in (1.0, 1.2))
+    assert verdicts.apart(a, b, THRESHOLD).verdict == "slower"
+    assert verdicts.apart(b, a, THRESHOLD).verdict == "faster"
+    assert verdicts.apart(a, a, THRESHOLD).verdict == "same"
+    assert verdicts.apart(a[:3], b, THRESHOLD).verdict == "ambiguous"
+
+
+def test_memory_and_recall_verdicts() -> None:
+    mib = 2**20
+    assert verdicts.memory([100 * mib] * 2, [120 * mib], 0.05, "cpu") == "more"
+    assert verdicts.memory([100 * mib] * 2, [80 * mib], 0.05, "cpu") == "less"
+    assert verdicts.memory([100 * mib, 130 * mib], [120 * mib], 0.05, "cpu") == "same"  # within A's own
+    assert verdicts.memory([10 * mib], [12 * mib], 0.05, "cpu") == "same"  # pages
+    assert verdicts.memory([10 * mib], [12 * mib], 0.05, "cuda") == "more"
+    assert verdicts.recall((1000, 1024), (1002, 1024)) == "same"
+    assert verdicts.recall((1000, 1024), (950, 1024)) == "lower"
+    assert verdicts.recall((950, 1024), (1000, 1024)) == "higher"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch) -> Path:
+    """Somebody's repository, with one layer and one commit, and the user in it."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    (root / "mine.py").write_text((ROOT / "tests" / "small_layer.py").read_text())
+    git(root, "init", "--quiet", "--initial-branch=main")
+    commit(root, "first")
+    monkeypatch.chdir(root)
+    return root
+
+
+def git(root: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True)
+
+
+def commit(root: Path, message: str) -> None:
+    git(root, "add", "--all")
+    git(root, "-c", "user.name=T", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", message)
+
+
+def edit(root: Path, before: str, after: str) -> None:
+    text = (root / "mine.py").read_text()
+    assert before in text
+    (root / "mine.py").write_text(text.replace(before, after))
+
+
+def compare(*arguments: str, layers: str = LAYER, budget: str = "0.5s") -> Result:
+    """In a folder of its own beside the repository."""
+    words = ["compare", *arguments, "--seq", "64", "--budget", budget, "--out", "../out"]
+    return CliRunner().invoke(main, [*words, "--layers", layers] if layers else words)
+
+
+def table() -> pd.DataFrame:
+    return pd.read_csv("../out/compare.csv")
+
+
+def test_a_broken_result_is_no_speed(repository: Path) -> None:
+    edit(repository, "OFF = 1.0", "OFF = 1.01")
+    commit(repository, "break it by a hundredth")
+    result = compare("main~1", "main")
+    assert result.exit_code == 3, result.output
+    (row,) = table().to_dict("records")
+    assert row["results"] == "wrong"
+    assert 5e-3 < row["worst_error"] < 2e-2
+    assert pd.isna(row["verdict"])
+    assert pd.isna(row["time_ratio"])
+    assert "side B: output is off by" in row["reason"]
+    assert "1 case: 1 wrong" in result.output.splitlines()[-1]
+    checks = pd.read_csv("../out/checks.csv")
+    assert set(checks["side"]) == {"A", "B"}
+    assert (checks["error"] <= checks["allowed"])[checks["side"] == "A"].all()
+    assert {"output", "gradient: x", "gradient: out.weight", "state: total"} <= set(checks["what"])
+    assert set(checks["draw"][checks["side"] == "B"]) == {2}  # it missed with other inputs too
+
+
+def test_the_working_tree_is_side_b_and_stays_as_it_is(repository: Path) -> None:
+    edit(repository, "mean = sums / steps", "mean = 1.0 * sums / steps")
+    (repository / "new.txt").write_text("new")
+    before = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
+    result = compare("HEAD")
+    assert result.exit_code in (0, 1), result.output
+    about = json.loads(Path("../out/comparison.json").read_text())
+    assert about["b"]["label"].startswith("working tree (")
+    assert about["b"]["dirty"]
+    assert not about["a"]["dirty"]
+    (row,) = table().to_dict("records")
+    assert row["results"] == "right"
+    assert row["verdict"] in ("slower", "faster", "same", "ambiguous")
+    assert row["invocations"] >= 1
+    turns_of = pd.read_csv("../out/turns.csv")
+    assert set(turns_of["side"]) == {"A", "B", AGAIN}
+    assert (turns_of.groupby(["invocation", "round"])["side"].value_counts() == 2).all()
+    assert (turns_of["ms"] > 0).all()
+    assert "outputs, as timed" not in result.output
+    assert Path("../out/compare.png").stat().st_size > 5000
+    after = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
+    assert after == before
+    worktrees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True).stdout
+    assert len(worktrees.splitlines()) == 1
+
+
+def test_more_state_is_a_regression(repository: Path) -> None:
+    edit(repository, "keep: int = 0", "keep: int = 1000")
+    result = compare("HEAD")
+    assert result.exit_code == 1, result.output
+    (row,) = table().to_dict("records")
+    assert row["memory"] == "more"
+    assert row["state_bytes_b"] == row["state_bytes_a"] + 4000
+    assert "1 with more memory" in result.output.splitlines()[-1]
+
+
+def test_settings_of_one_layer_against_each_other(repository: Path) -> None:
+    """Each side is held to the reference with its own settings."""
+    name = f"{repository}/{LAYER}"
+    result = compare(
+        "--a", f"{name}.keep=500", "--b", f"{name}.keep=0", "--b", "backend=reference", layers=""
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = table().to_dict("records")
+    assert (row["backend_a"], row["backend_b"]) == ("eager", "reference")
+    assert row["memory"] == "less"
+    assert row["results"] == "right"
+
+
+FAILURES = [
+    ("import torch\n", "import torhc\n", "No module named 'torhc'"),
+    ("class Mean(", "class Meen(", "has no class 'Mean'"),
+    ("        sums = ", "        raise RuntimeError('broke')\n        sums = ", "RuntimeError: broke"),
+    ("        sums = ", "        import os; os.kill(os.getpid(), 11)\n        sums = ", "ended by SIGSEGV"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "said"), FAILURES)
+def test_a_side_that_fails_is_named(repository: Path, before: str, after: str, said: str) -> None:
+    edit(repository, before, after)
+    commit(repository, "break it")
+    edit(repository, after, before)
+    result = compare("main")
+    assert result.exit_code == 4, result.output
+    (row,) = table().to_dict("records")
+    assert row["status"] != "ok"
+    assert row["reason"].startswith("side A, main (")
+    assert said in row["reason"]
+    assert "Traceback" not in result.output
+    assert result.output.splitlines()[-1] == "1 case: 1 not measured"
+
+
+def test_a_side_that_hangs_is_named(repository: Path) -> None:
+    edit(repository, "        sums = ", "        import time; time.sleep(60)\n        sums = ")
+    result = compare("HEAD", "--timeout", "4s")
+    assert result.exit_code == 4, result.output
+    assert "side B, working tree" in result.output
+    assert "no answer in 4 s" in result.output
+
+
+def test_a_layer_that_a_ref_lacks(repository: Path) -> None:
+    (repository / "other.py").write_text((repository / "mine.py").read_text())
+    result = compare("HEAD", layers="other.py:Mean")
+    assert result.exit_code == 4
+    assert "side A, HEAD" in result.output
+    assert "is not a Python file" in result.output
+
+
+def test_only_what_differs_is_compared(monkeypatch, tmp_path: Path) -> None:
+    """In a checkout of this project, without --layers."""
+    root = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
+    monkeypatch.chdir(root)
+    result = compare("HEAD", layers="")
+    assert result.exit_code == 0
+    assert "no file of a layer differs" in result.output
+    assert not Path("../out").exists()
+    text = (root / "layers/linear/eager.py").read_text()
+    (root / "layers/linear/eager.py").write_text(text + "\n# as it was\n")
+    result = compare("HEAD", layers="")
+    assert result.exit_code in (0, 1), result.output
+    (row,) = table().to_dict("records")
+    assert (row["layer"], row["results"]) == ("linear", "right")
+    assert row["recall"] == "same"
+
+
+def test_the_other_checkout_is_what_runs(monkeypatch, tmp_path: Path) -> None:
+    """Not the layers of the tool that measures: a fault in the shared kernels of one side shows."""
+    root = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
+    monkeypatch.chdir(root)
+    file = root / "fwpkm_bench/kernels/product_key.py"
+    file.write_text(file.read_text() + "\nraise RuntimeError('a kernel of side B')\n")
+    result = compare("HEAD", layers="pkm")
+    assert result.exit_code == 4
+    assert "side B, working tree" in result.output
+    assert "a kernel of side B" in result.output
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory) -> tuple[Path, Path]:
+    """A run, and a copy of it with every sample a quarter longer and recall gone for one layer."""
+    root = tmp_path_factory.mktemp("runs")
+    a, b = root / "a", root / "b"
+    runner.run(Sweep(seq=(256,), budget_s=0.5, layers=("linear", "fwpkm")), a, "test", lambda _: None)
+    b.mkdir()
+    for file in a.glob("*.json*"):
+        (b / file.name).write_text(file.read_text())
+    lines = []
+    for line in (b / JOURNAL).read_text().splitlines():
+        record = json.loads(line)
+        record["samples_ms"] = [1.25 * ms for ms in record["samples_ms"]]
+        if record["case"]["workload"] == "recall" and record["case"]["layer"] == "fwpkm":
+            record["columns"] |= {"right": 0, "recall": 0.0}
+        lines.append(json.dumps(record))
+    (b / JOURNAL).write_text("\n".join(lines) + "\n")
+    return a, b
+
+
+def test_two_run_folders(two_runs: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    a, b = map(str, two_runs)
+    result = CliRunner().invoke(main, ["compare", a, b, "--out", "out"])
+    assert result.exit_code == 1, result.output
+    rows = pd.read_csv("out/compare.csv").set_index("layer")
+    assert rows["time_ratio"].to_numpy() == pytest.approx(1.25)
+    assert rows["recall"].to_dict() == {"linear": "same", "fwpkm": "lower"}
+    assert "Measured apart" in result.output
+    assert CliRunner().invoke(main, ["compare", a, a, "--out", "same"]).exit_code == 0
+    refused = CliRunner().invoke(main, ["compare", a, "HEAD"])
+    assert refused.exit_code == 2
+    assert "a run folder is compared with another one" in refused.output
+
+
+BAD = [
+    (("nothere",), "no git ref or run folder is called 'nothere'; there is main, HEAD"),
+    (("mian",), "did you mean 'main'?"),
+    (("--evil",), "No such option"),
+    ((), "name what to compare: a git ref"),
+    (("HEAD", "--threshold", "0"), "threshold"),
+    (("HEAD", "--budget", "soon"), "--budget takes a time such as 90s or 5m"),
+    (("HEAD", "--modes", "prefil"), "did you mean 'prefill'?"),
+    (("HEAD", "--device", "cuda"), "device cuda is not there"),
+    (("HEAD", "--set", f"{LAYER}.kep=1"), "did you mean 'keep'?"),
+    (("HEAD", "--a", f"{LAYER}.keep=1,2"), "has 2 values; a side has one"),
+    (("HEAD", "--a", "backend=fast"), "no backend is called 'fast'"),
+    (("--a", "backend=eager", "--b", "backend=reference", "--seq", "0"), "must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
+def test_bad_input(repository: Path, arguments: tuple[str, ...], said: str) -> None:
+    result = CliRunner().invoke(main, ["compare", *arguments, "--layers", LAYER, "--out", "../out"])
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not Path("../out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(repository: Path) -> None:
+    Path("../out").mkdir()
+    Path("../out/mine.txt").write_text("mine")
+    result = compare("HEAD")
+    assert result.exit_code == 2
+    assert "is not empty and holds no comparison" in result.output
+    assert [p.name for p in Path("../out").iterdir()] == ["mine.txt"]
+
+
+def test_outside_a_repository(tmp_path: Path, monkeypatch) -> None:
+    """The checkout that the tool runs from is compared, wherever the user stands."""
+    monkeypatch.chdir(tmp_path)
+    result = compare("nothere", layers="linear")
+    assert result.exit_code == 2
+    assert "no git ref or run folder is called 'nothere'" in result.output
