@@ -227,7 +227,7 @@ def memory_verdict(
         verdicts.memory(peaks_a, peaks_b, threshold, device),
         verdicts.memory([state_a], [state_b], threshold, "exact"),
     }
-    return next((verdict for verdict in ("more", "less") if verdict in said), "same")
+    return next((verdict for verdict in ("more", "less", "ambiguous") if verdict in said), "same")
 
 
 def _recall(plan: Plan, request: dict[str, Any]) -> dict[str, Any]:

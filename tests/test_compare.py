@@ -93,10 +93,13 @@ def test_samples_of_two_runs() -> None:
 
 def test_memory_and_recall_verdicts() -> None:
     mib = 2**20
-    assert verdicts.memory([100 * mib] * 2, [120 * mib], 0.05, "cpu") == "more"
-    assert verdicts.memory([100 * mib] * 2, [80 * mib], 0.05, "cpu") == "less"
-    assert verdicts.memory([100 * mib, 130 * mib], [120 * mib], 0.05, "cpu") == "same"  # within A's own
-    assert verdicts.memory([10 * mib], [12 * mib], 0.05, "cpu") == "same"  # pages
+    assert verdicts.memory([100 * mib] * 6, [120 * mib] * 3, 0.05, "cpu") == "more"
+    assert verdicts.memory([100 * mib] * 6, [80 * mib] * 3, 0.05, "cpu") == "less"
+    assert verdicts.memory([100 * mib] * 2, [120 * mib], 0.05, "cpu") == "ambiguous"  # one odd process
+    assert (
+        verdicts.memory([100 * mib, 130 * mib] * 3, [120 * mib] * 3, 0.05, "cpu") == "same"
+    )  # within A's own
+    assert verdicts.memory([10 * mib] * 6, [12 * mib] * 3, 0.05, "cpu") == "same"  # pages
     assert verdicts.memory([10 * mib], [12 * mib], 0.05, "cuda") == "more"
     assert verdicts.recall((1000, 1024), (1002, 1024)) == "same"
     assert verdicts.recall((1000, 1024), (950, 1024)) == "lower"

@@ -19,6 +19,7 @@ RESAMPLES = 4000
 LEAST_INVOCATIONS = 4  # fewer make no interval
 LEAST_SAMPLES = 6  # of one run
 AGAIN = "A again"  # a second process of side A
+LEAST_PEAKS = 3
 PAGE_NOISE_BYTES = 4 * 2**20  # resident size: what the allocator rounds up
 
 
@@ -140,14 +141,17 @@ def mann_whitney(turns: Sequence[Turn]) -> float:
 
 def memory(a: Sequence[int], b: Sequence[int], threshold: float, device: str) -> str:
     """``more`` or ``less`` where all of B's peaks lie beyond all of A's and their medians beyond
-    ``threshold``."""
-    least = PAGE_NOISE_BYTES if device == "cpu" else 0
+    ``threshold``; ``ambiguous`` where that is said of fewer than `LEAST_PEAKS` resident sizes."""
+    resident = device == "cpu"
+    least = PAGE_NOISE_BYTES if resident else 0
     middle_a, middle_b = float(np.median(a)), float(np.median(b))
-    if min(b) > max(a) + least and middle_b > middle_a * (1 + threshold):
-        return "more"
-    if max(b) < min(a) - least and middle_b < middle_a / (1 + threshold):
-        return "less"
-    return "same"
+    more = min(b) > max(a) + least and middle_b > middle_a * (1 + threshold)
+    less = max(b) < min(a) - least and middle_b < middle_a / (1 + threshold)
+    if not (more or less):
+        return "same"
+    if resident and min(len(a), len(b)) < LEAST_PEAKS:
+        return "ambiguous"
+    return "more" if more else "less"
 
 
 def recall(a: tuple[int, int], b: tuple[int, int]) -> str:
