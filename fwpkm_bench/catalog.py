@@ -74,6 +74,11 @@ def sweep_files() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder("sweeps").glob("*.toml"))}
 
 
+def profile_files() -> dict[str, Path]:
+    """The profiles that come with the package, by name."""
+    return {p.stem: p for p in sorted(folder("profiles").glob("*.toml"))}
+
+
 def load_layer(name: str) -> Any:
     """The `SequenceLayer` class called ``name``, or the one that ``path/to/file.py:Class`` names.
 

@@ -37,6 +37,14 @@ Examples:
   fwpkm-bench compare results/before results/after
 """
 
+PROFILE_EXAMPLES = """
+\b
+Examples:
+  fwpkm-bench profile fwpkm --seq 32k --mode train --size paper
+  fwpkm-bench profile fwpkm-decode
+  fwpkm-bench profile fwpkm --seq 4k --parts phases,host
+"""
+
 
 class OneLineErrors(click.Group):
     """Every mistake of the user's is one line on stderr and exit code 2."""
@@ -272,6 +280,7 @@ def list_command() -> None:
         "layers": catalog.layer_names,
         "workloads": catalog.workload_names,
         "sweeps": catalog.sweep_files,
+        "profiles": catalog.profile_files,
     }
     for title, names in groups.items():
         click.echo(f"{title:<10} {' '.join(names())}")
@@ -381,6 +390,37 @@ def kernels_command(layers: tuple[str, ...] | None, capability: int) -> None:
         if "triton" not in catalog.load_layer(name).backends:
             raise UsageError(f"{name} has no backend triton; fwpkm and pkm have")
     report.print_kernels(compiled.report(chosen, capability), capability)
+
+
+@main.command(epilog=PROFILE_EXAMPLES)
+@click.argument("target", metavar="LAYER|PROFILE")
+@click.option("--seq", metavar="LENGTH", help="Tokens (default 32k); in decode the context.")
+@click.option("--mode", help="prefill (default), train or decode.")
+@click.option("--backend", help="Implementation: best (default), eager, triton, reference ...")
+@click.option("--batch", type=int, metavar="N", help="Sequences at a time (default 1).")
+@click.option("--dtype", help="float32 (default), bfloat16, float16 or float64.")
+@click.option("--device", help="cpu (default) or cuda.")
+@click.option("--size", help="laptop (default on a CPU) or paper (default on a GPU).")
+@click.option("--seed", type=int, metavar="N", help="Of parameters and inputs (default 0).")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting; repeatable.")
+@click.option("--parts", callback=_names, metavar="NAMES", help="Which parts (default: all that apply).")
+@click.option("--ncu", is_flag=True, help="Also Nsight Compute, on one more call, where it is on the path.")
+@click.option("--nsys", is_flag=True, help="Also Nsight Systems, in the same way.")
+@click.option("--budget", "budget_s", type=float, metavar="SECONDS", help="For timing phases (default 10).")
+@click.option("--timeout", "timeout_s", type=float, metavar="SECONDS", help="End a part after this.")
+@click.option("--name", help="Name of the folder under results/.")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder itself.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, and run nothing.")
+def profile(target: str, **flags: Any) -> int:
+    """Where the time and the memory of one case go: phases, trace, host, memory, kernels.
+
+    LAYER is a layer's name or path/to/file.py:Class; PROFILE a profile in TOML, or the name of one that comes
+    with the package (see list), over which flags win. Exits with 1 where no part could be delivered.
+    """
+    from fwpkm_bench.profiling.command import profile_command
+
+    _interrupt_on(signal.SIGTERM)
+    return profile_command(target, shlex.join(["fwpkm-bench", *sys.argv[1:]]), **flags)
 
 
 @main.command()

@@ -104,14 +104,15 @@ def html_table(headings: list[str], rows: list[list[str]]) -> str:
 
 def print_summary(short: pd.DataFrame) -> None:
     """The table on the screen, and under it the ratios to the peers that were measured."""
-    _print_table(*headings_and_rows(short))
+    print_table(*headings_and_rows(short))
     headings, rows = ratio_headings_and_rows(ratios(short))
     if rows:
         print()
-        _print_table(headings, rows)
+        print_table(headings, rows)
 
 
-def _print_table(headings: list[str], rows: list[list[str]]) -> None:
+def print_table(headings: list[str], rows: list[list[str]]) -> None:
+    """``rows`` on the screen; those of fwpkm stand out."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")

@@ -140,8 +140,8 @@ class Sweep:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def from_toml(path: Path) -> dict[str, Any]:
-    """The fields of a `Sweep` that a file sets.
+def from_toml(path: Path, kind: type[Any] = Sweep) -> dict[str, Any]:
+    """The fields of a `Sweep`, or of another dataclass ``kind``, that a file sets.
 
     Raises:
         UsageError: naming the file and the key.
@@ -153,15 +153,15 @@ def from_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    names = [f.name for f in dataclasses.fields(Sweep)]
+    names = [f.name for f in dataclasses.fields(kind)]
     fields: dict[str, Any] = {"name": path.stem}
     for key, value in raw.items():
-        choose(f"key of a sweep ({path})", key, names)
-        fields[key] = _from_toml_value(path, key, value)
+        choose(f"key of a {kind.__name__.lower()} ({path})", key, names)
+        fields[key] = _from_toml_value(kind, path, key, value)
     return fields
 
 
-def _from_toml_value(path: Path, key: str, value: Any) -> Any:
+def _from_toml_value(owner: type[Any], path: Path, key: str, value: Any) -> Any:
     if key == "seq":
         items = value if isinstance(value, list) else [value]
         return parse_lengths(",".join(str(item) for item in items))
@@ -175,7 +175,7 @@ def _from_toml_value(path: Path, key: str, value: Any) -> Any:
                 full = f"{name}.{setting}" if setting else name
                 flat[full] = tuple(values) if isinstance(values, list) else (values,)
         return flat
-    default = getattr(Sweep, key, None)
+    default = getattr(owner, key, None)
     kind: type | tuple[type, ...] = type(default[0]) if isinstance(default, tuple) else type(default)
     kind = (int, float) if kind is float else kind
     items = value if isinstance(value, list) and isinstance(default, tuple) else [value]

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,32 @@ import torch
 
 from fwpkm_bench import catalog
 from fwpkm_bench.errors import UsageError
-from fwpkm_bench.measurement import DivergedError, UnsupportedError
+from fwpkm_bench.measurement import DivergedError, Measurement, UnsupportedError
 from fwpkm_bench.spec import Case
+
+Measure = Callable[[Case], Measurement]
 
 STATUS = Path("/proc/self/status")
 MEMORY_SHARE = 0.9  # of what is free: a case asking for more is told no, and the machine lives on
 
 
-def work(case: dict[str, Any], connection: Connection) -> None:
+def work(case: dict[str, Any], connection: Connection, measure: Measure | None = None) -> None:
     """Run ``case`` and send ``{"status", "reason", "columns", "samples_ms", "warmup_ms"}`` back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     resolved = Case(**case)
     if resolved.device == "cpu":
         limit_memory()
-    connection.send(attempt(resolved))
+    connection.send(attempt(resolved, measure))
     connection.close()
 
 
-def attempt(case: Case) -> dict[str, Any]:
-    """The outcome of ``case``; every failure becomes a status and a reason of one line."""
+def attempt(case: Case, measure: Measure | None = None) -> dict[str, Any]:
+    """The outcome of ``case`` by its workload, or by ``measure``; every failure becomes a status and a reason
+    of one line."""
     outcome: dict[str, Any] = {"status": "ok", "reason": "", "columns": {}, "samples_ms": [], "warmup_ms": []}
     try:
-        measurement = catalog.load_workload(case.workload).run(case)
+        measurement = (measure or catalog.load_workload(case.workload).run)(case)
     except Exception as error:  # noqa: BLE001 - whatever a layer throws is a row
         return outcome | failure(error)
     columns = {name: _plain(value) for name, value in measurement.columns.items()}

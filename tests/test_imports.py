@@ -12,25 +12,34 @@ TOOL = ROOT / "fwpkm_bench"
 RANK = [  # a module imports only from lines below its own
     {"__main__"},
     {"cli"},
-    {"comparing.command"},
+    {"comparing.command", "profiling.command"},
     {"comparing.results", "comparing.runs"},
-    {"compare"},
+    {"compare", "profiling.run", "profiling.page"},
     {"comparing.duel", "comparing.gate"},
     {"comparing.remote"},
     {"comparing.bench", "comparing.verdicts", "display", "report"},
     {"run", "plot", "verify"},
     {"palette"},
     {"executors.local", "tables"},
-    {"worker", "store"},
+    {"profiling.phases"},
+    {"profiling.folder"},
+    {"worker", "store", "profiling.spec"},
     {"workloads.throughput", "workloads.recall"},
-    {"measure.ceilings"},
+    {"measure.ceilings", "measure.phase_clock", "measure.counting"},
     {"measure.kernel_calls"},
     {"measure.compiled"},
     {"comparing.sides"},
     {"spec", "measure.timing", "measure.memory", "measure.environment", "stats"},
     {"catalog", "measurement", "ranges"},
     {"kernels.product_key_triton", "kernels.rows_triton"},
-    {"errors", "kernels.product_key", "kernels.slots", "kernels.triton_support", "kernels.triton_blocks"},
+    {
+        "errors",
+        "kernels.phases",
+        "kernels.product_key",
+        "kernels.slots",
+        "kernels.triton_support",
+        "kernels.triton_blocks",
+    },
     {"kernels.fla_support"},
 ]
 
@@ -64,7 +73,20 @@ def test_the_tool_imports_downwards(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plot", "palette", "report", "tables", "store", "stats", "ranges", "catalog", "spec"]
+    "name",
+    [
+        "plot",
+        "palette",
+        "report",
+        "tables",
+        "store",
+        "stats",
+        "ranges",
+        "catalog",
+        "spec",
+        "profiling.folder",
+        "profiling.page",
+    ],
 )
 def test_rows_are_read_without_torch(name: str) -> None:
     """But for the doctor, who looks for devices inside a function."""

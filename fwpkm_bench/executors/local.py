@@ -34,12 +34,17 @@ class LocalExecutor:
         self._context = process_context()
         self._process: Any = None
 
-    def run(self, case: Case, timeout_s: float) -> dict[str, Any]:
-        """The outcome of ``case`` (see `worker.attempt`), also where its process did not live to tell."""
+    def run(self, case: Case, timeout_s: float, measure: Any = None) -> dict[str, Any]:
+        """The outcome of ``case`` (see `worker.attempt`), also where its process did not live to tell.
+
+        ``measure``: a picklable function for the workload's own ``run``.
+        """
         from fwpkm_bench import worker
 
         ours, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=worker.work, args=(dataclasses.asdict(case), theirs))
+        self._process = self._context.Process(
+            target=worker.work, args=(dataclasses.asdict(case), theirs, measure)
+        )
         started = time.monotonic()
         with uninterrupted():
             self._process.start()

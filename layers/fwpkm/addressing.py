@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase
 from fwpkm_bench.kernels.product_key import product_topk
 
 from .reference import EPSILON, LOG_EPSILON, write_coefficient
@@ -161,6 +162,7 @@ def pull(scores: Tensor, subkeys: Tensor, memories: int, n: int, score: str) -> 
     return (a * (2 * scores.exp()) if score == "idw" else a), loss  # exp(score) = 1 / (eps + |q - K|^2)
 
 
+@in_phase("keys")
 def update_keys(
     query: Tensor, at: Addresses, keys: Tensor, settings: MemorySettings
 ) -> tuple[Tensor, Tensor]:
@@ -176,6 +178,7 @@ def update_keys(
     return keys - step * gradient.view_as(keys), loss * settings.addressing_weight
 
 
+@in_phase("address")
 def address_backward(
     query: Tensor,
     at: Addresses,

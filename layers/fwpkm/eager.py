@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import phase
+
 from .addressing import Addresses, update_keys
 from .overlay import OverlayState, Read
 from .reference import write_coefficient
@@ -165,39 +167,44 @@ def _read_and_write(
     batch, pairs = gate.shape
     weights = at.weights[:, :pairs]
     per_token = weights.shape[2] * weights.shape[3]
-    reads = state.table_slots(at.slots[:, :pairs]).flatten()
-    ordered, order = reads.sort(stable=True)  # stable: the sums below have one order
-    distinct, sorted_group, sizes = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    rows = state.claim_rows(distinct)
-    group = torch.empty_like(reads)
-    group[order] = sorted_group
-    v_hat = F.embedding_bag(
-        rows[group].view(-1, per_token),
-        state.rows,
-        mode="sum",
-        per_sample_weights=weights.reshape(-1, per_token),
-    ).view(batch, pairs, -1)
-    difference = v_hat - target
-    losses = gate * torch.linalg.vecdot(difference, difference) / difference.shape[-1]
+    with phase("group"):
+        reads = state.table_slots(at.slots[:, :pairs]).flatten()
+        ordered, order = reads.sort(stable=True)  # stable: the sums below have one order
+        distinct, sorted_group, sizes = torch.unique_consecutive(
+            ordered, return_inverse=True, return_counts=True
+        )
+        rows = state.claim_rows(distinct)
+        group = torch.empty_like(reads)
+        group[order] = sorted_group
+    with phase("read"):
+        v_hat = F.embedding_bag(
+            rows[group].view(-1, per_token),
+            state.rows,
+            mode="sum",
+            per_sample_weights=weights.reshape(-1, per_token),
+        ).view(batch, pairs, -1)
+    with phase("write"):
+        difference = v_hat - target
+        losses = gate * torch.linalg.vecdot(difference, difference) / difference.shape[-1]
 
-    counts = sizes
-    if settings.boundary == "drop":  # the chunk's other reads count too
-        others = state.table_slots(at.slots[:, pairs:]).flatten()
-        near = torch.searchsorted(distinct, others).clamp_(max=len(distinct) - 1)
-        counts = sizes.index_add(0, near, (distinct[near] == others).to(sizes.dtype))
-    memory = torch.div(distinct, len(state.initial_values), rounding_mode="floor")
-    rate = settings.learning_rate * scale[memory] / counts
-    starts = sizes.cumsum(0) - sizes
-    coefficient = write_coefficient(weights, settings.write_rule) * gate.view(batch, pairs, 1, 1)
-    change = F.embedding_bag(
-        torch.div(order, per_token, rounding_mode="floor"),
-        difference.view(batch * pairs, -1),
-        starts,
-        mode="sum",
-        per_sample_weights=coefficient.flatten()[order] * -rate[sorted_group],
-    )
-    before = state.rows.index_select(0, rows) if record else state.rows[:0]
-    add_rows(state.rows, rows, change)
+        counts = sizes
+        if settings.boundary == "drop":  # the chunk's other reads count too
+            others = state.table_slots(at.slots[:, pairs:]).flatten()
+            near = torch.searchsorted(distinct, others).clamp_(max=len(distinct) - 1)
+            counts = sizes.index_add(0, near, (distinct[near] == others).to(sizes.dtype))
+        memory = torch.div(distinct, len(state.initial_values), rounding_mode="floor")
+        rate = settings.learning_rate * scale[memory] / counts
+        starts = sizes.cumsum(0) - sizes
+        coefficient = write_coefficient(weights, settings.write_rule) * gate.view(batch, pairs, 1, 1)
+        change = F.embedding_bag(
+            torch.div(order, per_token, rounding_mode="floor"),
+            difference.view(batch * pairs, -1),
+            starts,
+            mode="sum",
+            per_sample_weights=coefficient.flatten()[order] * -rate[sorted_group],
+        )
+        before = state.rows.index_select(0, rows) if record else state.rows[:0]
+        add_rows(state.rows, rows, change)
     return v_hat, losses, Written(rows, group, order, starts, rate, difference, before)
 
 

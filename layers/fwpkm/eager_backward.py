@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase, phase
+
 from . import eager
 from .addressing import address_backward
 from .eager import Chunk, Written
@@ -111,35 +113,38 @@ class Walk:
         first = chunk.stop - chunk.at.weights.shape[1]
         gate = self.gate[:, first : first + pairs].unsqueeze(-1)
         difference = written.difference
-        after = self.drows.index_select(0, written.rows)  # dV [U, value_dim]; D = -rate dV
-        group = written.group.view(-1, per_token)
-        step = -written.rate[group]
-        coefficient = write_coefficient(weights, self.settings.write_rule).reshape(-1, per_token)
-        derror = F.embedding_bag(group, after, mode="sum", per_sample_weights=coefficient * step).view_as(
-            difference
-        )
-        dcoefficient = _dots(after, group, gate * difference).mul_(step).view(weights.shape)
-        dgate = (difference * derror).sum(-1)
-        ddifference = gate * derror
-        dlosses = self._next_losses(pairs)
-        if dlosses is not None:
-            features = difference.shape[-1]
-            dgate = dgate + dlosses * torch.linalg.vecdot(difference, difference) / features
-            ddifference = ddifference + (2 / features) * dlosses.unsqueeze(-1) * gate * difference
-        self.dgate[:, first : first + pairs] += dgate
-        stop = chunk.stop - self.ctx.target_offset
-        self.dtarget[:, stop - pairs : stop] -= ddifference
-        dv_hat = dv_hat + ddifference
-        back = F.embedding_bag(
-            torch.div(written.order, per_token, rounding_mode="floor"),
-            dv_hat.reshape(batch * pairs, -1),
-            written.starts,
-            mode="sum",
-            per_sample_weights=weights.flatten()[written.order],
-        )
-        eager.add_rows(self.drows, written.rows, back)
-        return dcoefficient, _dots(written.before, group, dv_hat).view(weights.shape)
+        with phase("write"):
+            after = self.drows.index_select(0, written.rows)  # dV [U, value_dim]; D = -rate dV
+            group = written.group.view(-1, per_token)
+            step = -written.rate[group]
+            coefficient = write_coefficient(weights, self.settings.write_rule).reshape(-1, per_token)
+            derror = F.embedding_bag(group, after, mode="sum", per_sample_weights=coefficient * step).view_as(
+                difference
+            )
+            dcoefficient = _dots(after, group, gate * difference).mul_(step).view(weights.shape)
+            dgate = (difference * derror).sum(-1)
+            ddifference = gate * derror
+            dlosses = self._next_losses(pairs)
+            if dlosses is not None:
+                features = difference.shape[-1]
+                dgate = dgate + dlosses * torch.linalg.vecdot(difference, difference) / features
+                ddifference = ddifference + (2 / features) * dlosses.unsqueeze(-1) * gate * difference
+            self.dgate[:, first : first + pairs] += dgate
+            stop = chunk.stop - self.ctx.target_offset
+            self.dtarget[:, stop - pairs : stop] -= ddifference
+        with phase("read"):
+            dv_hat = dv_hat + ddifference
+            back = F.embedding_bag(
+                torch.div(written.order, per_token, rounding_mode="floor"),
+                dv_hat.reshape(batch * pairs, -1),
+                written.starts,
+                mode="sum",
+                per_sample_weights=weights.flatten()[written.order],
+            )
+            eager.add_rows(self.drows, written.rows, back)
+            return dcoefficient, _dots(written.before, group, dv_hat).view(weights.shape)
 
+    @in_phase("read")
     def _unpeek(self, peek: Read, dv_hat: Tensor) -> Tensor:
         """Reads that were not written: the gradient to their weights."""
         batch, count, heads, k = peek.at.weights.shape

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fwpkm_bench.kernels.phases import phase
+
 from ..contract import Cost, SequenceLayer, linear_flops
 from . import reference
 from .backends import BACKENDS
@@ -95,10 +97,11 @@ class FwPKM(SequenceLayer):
     ) -> tuple[Tensor, FwPKMOutput]:
         """`forward`, with all that the memory returned. ``mask [B, T]``: 0 for tokens not to be learned."""
         self.check_input(x)
-        x = unit_rms(x)  # once for the three norms, which differ in their weights alone
-        query = _project(x, self.query_norm.weight, self.query.weight)
-        value = z_score(_project(x, self.value_norm.weight, self.value.weight))
-        gate = _project(x, self.gate_norm.weight, self.gate.weight, self.gate.bias).mean(-1).sigmoid()
+        with phase("projections"):
+            x = unit_rms(x)  # once for the three norms, which differ in their weights alone
+            query = _project(x, self.query_norm.weight, self.query.weight)
+            value = z_score(_project(x, self.value_norm.weight, self.value.weight))
+            gate = _project(x, self.gate_norm.weight, self.gate.weight, self.gate.bias).mean(-1).sigmoid()
         memory = run_memory
         if torch.compiler.is_compiling():
             from .opaque import memory_opaque
@@ -107,8 +110,9 @@ class FwPKM(SequenceLayer):
         out = memory(
             query, value, gate, self.keys, self.values, self.memory_settings, mask, state, self.backend
         )
-        mixed = torch.lerp(value, out.retrieved, gate.unsqueeze(-1))
-        return _project(unit_rms(mixed), self.output_norm.weight, self.output.weight), out
+        with phase("projections"):
+            mixed = torch.lerp(value, out.retrieved, gate.unsqueeze(-1))
+            return _project(unit_rms(mixed), self.output_norm.weight, self.output.weight), out
 
     def cost(self, batch: int, seq: int) -> Cost:
         """Scores of all sub-keys, key gradients of the selected ones, and a multiply-add a feature for each

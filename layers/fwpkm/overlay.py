@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase
+
 from ..contract import tensor_bytes
 from .addressing import Addresses, address, square_norms
 from .backends import forward_of
@@ -81,6 +83,7 @@ class OverlayState:
         self.pending_tokens, self.carried = target.shape[1], query.shape[1] - target.shape[1]
         self.set_pending(query, gate, target)
 
+    @in_phase("address")
     def address(self, query: Tensor) -> Addresses:
         """Where ``query [B, L, H*key_dim]`` reads under the keys as they are."""
         if self._norms_of is not self.keys:  # keys are replaced, never written
@@ -137,6 +140,7 @@ class OverlayState:
             rows = self.row_of_slot[distinct]
         return rows.long()
 
+    @in_phase("read")
     def read(self, at: Addresses) -> Read:
         """``sum_i w_i V[i]`` at ``at``, where nothing is claimed."""
         row = self.row_of_slot[self.table_slots(at.slots)].long().flatten(2)

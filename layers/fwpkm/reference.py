@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase, phase
+
 from .settings import MemorySettings
 
 EPSILON = 1e-3  # of the inverse-distance score
@@ -35,6 +37,7 @@ class Addresses:
     usage: Tensor  # [2, n]: how much each sub-key was used, averaged over tokens and heads (p bar)
 
 
+@in_phase("address")
 def address(query: Tensor, keys: Tensor, settings: MemorySettings) -> Addresses:
     """Eq. 9-11: the k best slots of each head, and one softmax over the H*k scores of a token."""
     heads, _, n, h = keys.shape
@@ -54,6 +57,7 @@ def address(query: Tensor, keys: Tensor, settings: MemorySettings) -> Addresses:
     return Addresses(slots, weights, usage)
 
 
+@in_phase("read")
 def read(addresses: Addresses, values: Tensor) -> Tensor:
     """Eq. 12: ``v_hat_t = sum_i w_ti V[i]``, ``[b, M, value_dim]``."""
     return torch.einsum("bmsk,bmskd->bmd", addresses.weights, values[addresses.slots])
@@ -73,6 +77,7 @@ def write_coefficient(weights: Tensor, rule: str) -> Tensor:
     return weights / weights.square().sum((-1, -2), keepdim=True)
 
 
+@in_phase("write")
 def write(memory: Memory, settings: MemorySettings, mask: Tensor | None) -> tuple[Memory, Tensor, Tensor]:
     """Eq. 13-18 for the pending tokens: the memory after it, the losses ``[b, P]``, the addressing loss."""
     b, own = memory.target.shape[:2]
@@ -96,7 +101,7 @@ def write(memory: Memory, settings: MemorySettings, mask: Tensor | None) -> tupl
     )
 
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with phase("keys"), torch.enable_grad():
         keys = memory.keys if memory.keys.requires_grad else memory.keys.detach().requires_grad_()
         usage = address(memory.query[:, -own:], keys, settings).usage
         entropy = addressing_loss(usage)

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase, phase
 from fwpkm_bench.kernels.product_key_triton import nearest_subkeys, product
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum
 from fwpkm_bench.kernels.triton_support import INTERPRETED, power_of_two, require_triton
@@ -194,18 +195,19 @@ def _run(
             inputs=(targets, gates),
             record=tape is not None,
         )
-        grouped_sum(
-            state.rows,
-            groups.rows,
-            groups.starts,
-            groups.order,
-            coefficient,
-            difference.view(-1, features),
-            reads=row.shape[2],
-            groups=range(groups.bounds[index], groups.bounds[index + 1]),
-            rate=groups.rate,
-            before=before if tape is not None else None,
-        )
+        with phase("write"):
+            grouped_sum(
+                state.rows,
+                groups.rows,
+                groups.starts,
+                groups.order,
+                coefficient,
+                difference.view(-1, features),
+                reads=row.shape[2],
+                groups=range(groups.bounds[index], groups.bounds[index + 1]),
+                rate=groups.rate,
+                before=before if tape is not None else None,
+            )
         first_new += step.new
     if tape is not None:
         tape.record = Record(plan, at, groups, row, difference, before, peeked)
@@ -252,6 +254,7 @@ def _read_alone(state: OverlayState, query: Tensor) -> Tensor:
     return out
 
 
+@in_phase("address")
 def address(state: OverlayState, queries: Tensor, plan: Plan) -> Addressed:
     """Address the chunks of a call in turn, each with the keys that the last one left to it."""
     settings = state.settings
@@ -279,6 +282,7 @@ def address(state: OverlayState, queries: Tensor, plan: Plan) -> Addressed:
     return Addressed(subkeys, scores, slots, ranks, weights, keys, usage)
 
 
+@in_phase("keys")
 def _move_keys(
     queries: Tensor,
     keys: Tensor,
@@ -342,6 +346,7 @@ def _move_keys(
     return after
 
 
+@in_phase("group")
 def group(state: OverlayState, at: Addressed, plan: Plan, mask: Tensor | None) -> Groups:
     """Sort the written reads of a call by chunk, memory and slot, and claim a row for each slot."""
     settings = state.settings
@@ -392,6 +397,7 @@ def queries_scale(plan: Plan, state: OverlayState, mask: Tensor | None, like: Te
     return torch.stack(rows)
 
 
+@in_phase("read")
 def _read(
     state: OverlayState,
     at: Addressed,

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase, phase
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum
 from fwpkm_bench.kernels.triton_support import power_of_two
 
@@ -68,6 +69,7 @@ class Walk:
         member[self.groups.order] = torch.arange(len(sizes), device=query.device).repeat_interleave(sizes)
         self.member = member  # [B*P*H*k]: the group of each written read
 
+    @in_phase("group")
     def _index_rows(self, row_count: int) -> None:
         """A row of ``drows`` for each read, the initial table's last; grouped by chunk."""
         plan = self.record.plan
@@ -96,6 +98,7 @@ class Walk:
         found = (self.dquery, self.dgate, self.dtarget, self.dkeys, dvalues, rows)
         return tuple(g if need else None for g, need in zip(found, self.needed, strict=True))
 
+    @in_phase("read")
     def _dense(self) -> Tensor:
         """The gradient to the initial table: memories that touched the same slot add up, in a fixed order."""
         last = torch.arange(self.ctx.row_count, len(self.drows), device=self.drows.device)
@@ -110,20 +113,22 @@ class Walk:
         """Undo one chunk: its gradients to what came in, and to the memory before it."""
         step = self.record.plan.steps[index]
         self._unread(step)
-        grouped_sum(
-            self.drows,
-            self.rows,
-            self.starts,
-            self.order,
-            self.at.weights.flatten(),
-            self.dv_hat.view(-1, self.dv_hat.shape[2]),
-            reads=self.dsums.shape[2],
-            groups=range(self.bounds[index], self.bounds[index + 1]),
-        )
+        with phase("read"):
+            grouped_sum(
+                self.drows,
+                self.rows,
+                self.starts,
+                self.order,
+                self.at.weights.flatten(),
+                self.dv_hat.view(-1, self.dv_hat.shape[2]),
+                reads=self.dsums.shape[2],
+                groups=range(self.bounds[index], self.bounds[index + 1]),
+            )
         self.new_tokens -= step.new
         if self.needed[0] or self.needed[3]:
             self._unaddress(step, self.at.keys[index])
 
+    @in_phase("write")
     def _unread(self, step: Step) -> None:
         record = self.record
         batch, addressed, reads = self.dsums.shape
@@ -172,6 +177,7 @@ class Walk:
             num_warps=4,
         )
 
+    @in_phase("address")
     def _unaddress(self, step: Step, keys: Tensor) -> None:
         settings, at = self.settings, self.at
         memories, heads, _, n, half = keys.shape

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fwpkm_bench.kernels.phases import phase
+
 from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
 from . import eager
 from .core import IMPLEMENTATIONS, Core, State
@@ -79,7 +81,8 @@ def gated_delta_rule(
     kept = 3 if backend == "fla" else 0  # tensors that keep their type
     tensors = (q, k, v, beta, log_decay, state)
     inputs = (*tensors[:kept], *(tensor.to(dtype) for tensor in tensors[kept:]))
-    output, state = IMPLEMENTATIONS[backend](*inputs)
+    with phase("delta rule"):
+        output, state = IMPLEMENTATIONS[backend](*inputs)
     return output.to(v.dtype), state
 
 

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import phase
+
 CHUNK = 64
 SEGMENT = 1024  # tokens in flight, all sequences together: their matrices stay in the cache
 
@@ -79,10 +81,11 @@ def _segment(inputs: tuple[Tensor, ...], state: Tensor, chunk: int) -> tuple[Ten
     memory = state.flatten(0, 1)
     starts, corrections = [], []
     steps = (own, recall, (k * to_end).transpose(-1, -2), from_start[..., -1:, :])
-    for own_n, recall_n, keys_n, decay_n in zip(*(x.unbind(0) for x in steps), strict=True):
-        starts.append(memory)
-        corrections.append(torch.baddbmm(own_n, recall_n, memory, alpha=-1))
-        memory = torch.baddbmm(decay_n * memory, keys_n, corrections[-1])
+    with phase("state"):
+        for own_n, recall_n, keys_n, decay_n in zip(*(x.unbind(0) for x in steps), strict=True):
+            starts.append(memory)
+            corrections.append(torch.baddbmm(own_n, recall_n, memory, alpha=-1))
+            memory = torch.baddbmm(decay_n * memory, keys_n, corrections[-1])
 
     attention = (q @ k.transpose(-1, -2)) * decay
     output = (q * from_start) @ torch.stack(starts) + attention @ torch.stack(corrections)

@@ -9,6 +9,8 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fwpkm_bench.kernels.phases import phase
+
 from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
 from . import eager
 from .core import IMPLEMENTATIONS, Core, LinearState, feature_map
@@ -68,7 +70,8 @@ def linear_attention(
     kept = 3 if backend == "fla" else 0  # tensors that keep their type
     tensors = (q, k, v, state.memory, state.normaliser)
     inputs = (*tensors[:kept], *(tensor.to(dtype) for tensor in tensors[kept:]))
-    output, memory, normaliser = IMPLEMENTATIONS[backend](*inputs)
+    with phase("attention"):
+        output, memory, normaliser = IMPLEMENTATIONS[backend](*inputs)
     return output.to(v.dtype), LinearState(memory, normaliser)
 
 

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase
+
 CHUNK = 64
 SEGMENT = 2048  # tokens in flight, all sequences together: their matrices stay in the cache
 
@@ -72,6 +74,7 @@ def _segment(
     return output.reshape(batch, seq, heads, v.shape[-1]), *last
 
 
+@in_phase("state")
 def _running(first: Tensor, added: Tensor) -> Tensor:
     """``first [...]`` and the running sums after each of ``added [N, ...]``: ``[N + 1, ...]``."""
     sums = [first]

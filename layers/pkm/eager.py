@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import in_phase, phase
 from fwpkm_bench.kernels.product_key import product_topk
 
 BLOCK = 256  # tokens whose scores exist at a time: 4 MiB at 4 heads of 2 * 512 sub-keys
@@ -18,16 +19,18 @@ def pkm(
     """One read for all tokens: each read of its own would add a dense gradient of all values."""
     blocks = [_address(block, keys, topk) for block in query.split(BLOCK)]
     indices, weights = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    output = F.embedding_bag(
-        indices.flatten(1),
-        values,
-        per_sample_weights=weights.flatten(1),
-        mode="sum",
-        sparse=sparse_grad and values.requires_grad,
-    )
+    with phase("read"):
+        output = F.embedding_bag(
+            indices.flatten(1),
+            values,
+            per_sample_weights=weights.flatten(1),
+            mode="sum",
+            sparse=sparse_grad and values.requires_grad,
+        )
     return output, indices, weights
 
 
+@in_phase("address")
 def _address(query: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Slots and weights ``[N, H, k]`` of one block of tokens."""
     halves = query.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [H, 2, N, h]

@@ -6,16 +6,20 @@ Shapes: N tokens, H heads, n sub-keys per half of h features each, k = top-k.
 import torch
 from torch import Tensor
 
+from fwpkm_bench.kernels.phases import phase
+
 
 def pkm(query: Tensor, keys: Tensor, values: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best k of the k*k pairs of each half's best k sub-keys; their softmax-weighted values, summed."""
-    n = keys.shape[2]
-    halves = query.unflatten(-1, (2, -1))
-    scores = torch.einsum("nHch,Hcsh->nHcs", halves, keys)
-    best, subkeys = scores.topk(topk, dim=-1)  # [N, H, 2, k]
-    pairs = (best[..., 0, :, None] + best[..., 1, None, :]).flatten(-2)
-    slots = (subkeys[..., 0, :, None] * n + subkeys[..., 1, None, :]).flatten(-2)
-    slot_scores, chosen = pairs.topk(topk, dim=-1)
-    indices = slots.gather(-1, chosen)
-    weights = slot_scores.softmax(-1)
-    return torch.einsum("nHk,nHkd->nd", weights, values[indices]), indices, weights
+    with phase("address"):
+        n = keys.shape[2]
+        halves = query.unflatten(-1, (2, -1))
+        scores = torch.einsum("nHch,Hcsh->nHcs", halves, keys)
+        best, subkeys = scores.topk(topk, dim=-1)  # [N, H, 2, k]
+        pairs = (best[..., 0, :, None] + best[..., 1, None, :]).flatten(-2)
+        slots = (subkeys[..., 0, :, None] * n + subkeys[..., 1, None, :]).flatten(-2)
+        slot_scores, chosen = pairs.topk(topk, dim=-1)
+        indices = slots.gather(-1, chosen)
+        weights = slot_scores.softmax(-1)
+    with phase("read"):
+        return torch.einsum("nHk,nHkd->nd", weights, values[indices]), indices, weights

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fwpkm_bench.kernels.phases import phase
 from fwpkm_bench.kernels.product_key_triton import (
     nearest_subkeys,
     product,
@@ -36,12 +37,16 @@ class _Read(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, (heads, _, n, _) = query.shape[0], keys.shape
         query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
-        shape = (1, tokens, heads, 2, topk)
-        subkeys = torch.empty(shape, dtype=torch.int32, device=query.device)
-        scores = torch.empty(shape, dtype=wide_type(query), device=query.device)
-        nearest_subkeys(query.view(1, tokens, -1), keys.unsqueeze(0), subkeys, scores, inverse_distance=False)
-        slots, ranks, weights = product(scores[0], subkeys[0], n, joint=False)
-        output = weighted_rows(values, slots.flatten(1), weights.flatten(1))
+        with phase("address"):
+            shape = (1, tokens, heads, 2, topk)
+            subkeys = torch.empty(shape, dtype=torch.int32, device=query.device)
+            scores = torch.empty(shape, dtype=wide_type(query), device=query.device)
+            nearest_subkeys(
+                query.view(1, tokens, -1), keys.unsqueeze(0), subkeys, scores, inverse_distance=False
+            )
+            slots, ranks, weights = product(scores[0], subkeys[0], n, joint=False)
+        with phase("read"):
+            output = weighted_rows(values, slots.flatten(1), weights.flatten(1))
         ctx.save_for_backward(query, keys, values, subkeys[0], slots, ranks, weights)
         ctx.mark_non_differentiable(slots)
         return output.to(values.dtype), slots, weights.to(query.dtype)
@@ -55,22 +60,24 @@ class _Read(torch.autograd.Function):
         index, grad_output = slots.flatten(1), grad_output.to(weights.dtype).contiguous()
         grad_query = grad_keys = grad_values = None
         if need_values:
-            rows, starts, order = group_reads(index)
-            summed = torch.zeros(values.shape, dtype=weights.dtype, device=values.device)
-            grouped_sum(
-                summed, rows, starts, order, weights.flatten(), grad_output, reads=heads * k, add=False
-            )
-            grad_values = summed.to(values.dtype)
+            with phase("read"):
+                rows, starts, order = group_reads(index)
+                summed = torch.zeros(values.shape, dtype=weights.dtype, device=values.device)
+                grouped_sum(
+                    summed, rows, starts, order, weights.flatten(), grad_output, reads=heads * k, add=False
+                )
+                grad_values = summed.to(values.dtype)
         if need_query or need_keys:
-            share = row_dots(values, index, grad_output).view_as(weights) + grad_weights
-            sums = weights * (share - (weights * share).sum(-1, keepdim=True))
-            pulls = torch.zeros(subkeys.shape, dtype=weights.dtype, device=values.device)
-            places = torch.arange(k, dtype=ranks.dtype, device=ranks.device)
-            for piece in range(0, len(ranks), BLOCK):  # [BLOCK, H, k, k] at a time; no atomics
-                some = slice(piece, piece + BLOCK)
-                for half, rank in enumerate((ranks[some] // k, ranks[some] % k)):
-                    equal = rank.unsqueeze(-1) == places
-                    pulls[some, :, half] = (sums[some].unsqueeze(-1) * equal).sum(-2)
-            grad_query = subkeys_weighted(pulls, subkeys, keys).view_as(query).to(query.dtype)
-            grad_keys = subkey_gradients(pulls, subkeys, query, keys.shape[2]).to(keys.dtype)
+            with phase("address"):
+                share = row_dots(values, index, grad_output).view_as(weights) + grad_weights
+                sums = weights * (share - (weights * share).sum(-1, keepdim=True))
+                pulls = torch.zeros(subkeys.shape, dtype=weights.dtype, device=values.device)
+                places = torch.arange(k, dtype=ranks.dtype, device=ranks.device)
+                for piece in range(0, len(ranks), BLOCK):  # [BLOCK, H, k, k] at a time; no atomics
+                    some = slice(piece, piece + BLOCK)
+                    for half, rank in enumerate((ranks[some] // k, ranks[some] % k)):
+                        equal = rank.unsqueeze(-1) == places
+                        pulls[some, :, half] = (sums[some].unsqueeze(-1) * equal).sum(-2)
+                grad_query = subkeys_weighted(pulls, subkeys, keys).view_as(query).to(query.dtype)
+                grad_keys = subkey_gradients(pulls, subkeys, query, keys.shape[2]).to(keys.dtype)
         return grad_query, grad_keys, grad_values, None

@@ -9,6 +9,8 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fwpkm_bench.kernels.phases import phase
+
 from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
 from .core import IMPLEMENTATIONS, Core, State
 
@@ -117,9 +119,12 @@ class SoftmaxAttention(SequenceLayer):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.settings.head_dim))
 
-        state = state.append(heads(self.key(x)).transpose(1, 2), heads(self.value(x)).transpose(1, 2))
+        query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        with phase("cache"):
+            state = state.append(key.transpose(1, 2), value.transpose(1, 2))
         keys, values = state.keys.transpose(1, 2), state.values.transpose(1, 2)
-        output = softmax_attention(heads(self.query(x)), keys, values, backend=self.backend)
+        with phase("attention"):
+            output = softmax_attention(query, keys, values, backend=self.backend)
         return self.out(output.flatten(-2)), state
 
     def cost(self, batch: int, seq: int) -> Cost:

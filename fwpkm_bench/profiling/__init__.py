@@ -1,0 +1,1 @@
+"""Where a case's time and memory go: phases, traces, the host, memory over time."""
