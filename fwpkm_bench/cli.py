@@ -351,6 +351,7 @@ def verify(
 @click.option("--budget", callback=_seconds, default="60s", help="Of timing, a case: 60s (default), 5m.")
 @click.option("--timeout", callback=_seconds, default="15m", help="For a side to answer (default 15m).")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Of inputs and parameters (default 0).")
+@click.option("--profile", is_flag=True, help="Of what got slower, show which phase.")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder for tables, page and picture.")
 def compare(
     base: str | None, head: str | None, seq: str, budget: float, timeout: float, **options: Any

@@ -18,6 +18,7 @@ from fwpkm_bench.comparing.sides import Side
 from fwpkm_bench.comparing.verdicts import Speed, Turn
 from fwpkm_bench.ranges import format_length
 
+PROFILE_S = 10.0  # a side
 WORSE = {"verdict": "slower", "memory": "more", "recall": "lower"}
 NOTHING_WORSE, REGRESSED, WRONG, NOT_MEASURED = 0, 1, 3, 4  # exit codes; 2 is usage
 COLUMNS = [
@@ -40,15 +41,17 @@ class Plan:
     budget_s: float = 60.0  # of timing, a case
     timeout_s: float = 900.0
     seed: int = 0
+    profile: bool = False  # both sides of what got slower
 
 
 @dataclass
 class Compared:
-    """Tidy rows: a case, a checked quantity, a turn."""
+    """Tidy rows: a case, a checked quantity, a turn, a phase of a side."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Checked] = field(default_factory=list)
     turns: list[tuple[str, Turn]] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -105,6 +108,9 @@ def compare(plan: Plan, say: Callable[[str], None]) -> Compared:
                     if key not in recalls:
                         recalls[key] = _recall(plan, request)
                     row |= recalls[key]
+                if plan.profile and row["verdict"] == "slower":
+                    say(f"{name}: which phase?")
+                    found.phases += phases_of(plan, request)
             except SideError as error:
                 row |= {"status": error.status, "reason": str(error)}
                 say(f"{name}: could not be measured: {error}")
@@ -244,6 +250,22 @@ def _recall(plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
     a, b = found["A"], found["B"]
     said = verdicts.recall((a["right"], a["queries"]), (b["right"], b["queries"]))
     return {"recall": said, "recall_a": a["recall"], "recall_b": b["recall"]}
+
+
+def phases_of(plan: Plan, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The phases of both sides, the one that lost the most time first."""
+    sides = {}
+    for side in (plan.a, plan.b):
+        with Remote(side, request | {"budget_s": PROFILE_S}, plan.timeout_s) as remote:
+            sides[side.name] = {row["phase"]: row for row in remote.call("phases")}
+    a, b = sides["A"], sides["B"]
+    rows = []
+    for phase in dict.fromkeys((*a, *b)):
+        row: dict[str, Any] = {"case": label(request), "phase": phase}
+        for name, column in (("ms_p50", "ms"), ("ms_lo", "ms_lo"), ("ms_hi", "ms_hi"), ("share", "share")):
+            row |= {f"{column}_{key}": s.get(phase, {}).get(name) for key, s in (("a", a), ("b", b))}
+        rows.append(row | {"ms_more": (row["ms_b"] or 0.0) - (row["ms_a"] or 0.0)})
+    return sorted(rows, key=lambda row: -row["ms_more"])
 
 
 def ratio_text(ratio: verdicts.Ratio) -> str:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fwpkm_bench.kernels.phases import phase
 from fwpkm_bench.layers.contract import Cost, SequenceLayer
 
 OFF = 1.0  # what the eager backend multiplies its result by
@@ -47,9 +48,11 @@ class Mean(SequenceLayer):
         total, count = (
             (x.new_zeros(x.shape[0], x.shape[2]), 0) if state is None else (state.total, state.count)
         )
-        sums = total.unsqueeze(1) + x.cumsum(1)
+        with phase("sum"):
+            sums = total.unsqueeze(1) + x.cumsum(1)
         steps = torch.arange(count + 1, count + 1 + x.shape[1]).to(x)
-        mean = sums / steps.view(1, -1, 1)
+        with phase("mean"):
+            mean = sums / steps.view(1, -1, 1)
         if self.backend == "eager":
             mean = mean * OFF
         return self.out(mean), State(sums[:, -1], count + x.shape[1], torch.zeros(self.settings.keep))

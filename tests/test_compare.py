@@ -11,7 +11,9 @@ from click.testing import CliRunner, Result
 
 from fwpkm_bench import run as runner
 from fwpkm_bench.cli import main
+from fwpkm_bench.compare import Plan, phases_of, requests
 from fwpkm_bench.comparing import verdicts
+from fwpkm_bench.comparing.sides import export
 from fwpkm_bench.comparing.verdicts import AGAIN, Turn, speed
 from fwpkm_bench.spec import Sweep
 from fwpkm_bench.store import JOURNAL
@@ -214,8 +216,16 @@ def test_settings_of_one_layer_against_each_other(repository: Path) -> None:
 FAILURES = [
     ("import torch\n", "import torhc\n", "No module named 'torhc'"),
     ("class Mean(", "class Meen(", "has no class 'Mean'"),
-    ("        sums = ", "        raise RuntimeError('broke')\n        sums = ", "RuntimeError: broke"),
-    ("        sums = ", "        import os; os.kill(os.getpid(), 11)\n        sums = ", "ended by SIGSEGV"),
+    (
+        "            sums = ",
+        "            raise RuntimeError('broke')\n            sums = ",
+        "RuntimeError: broke",
+    ),
+    (
+        "            sums = ",
+        "            import os; os.kill(os.getpid(), 11)\n            sums = ",
+        "ended by SIGSEGV",
+    ),
 ]
 
 
@@ -235,7 +245,7 @@ def test_a_side_that_fails_is_named(repository: Path, before: str, after: str, s
 
 
 def test_a_side_that_hangs_is_named(repository: Path) -> None:
-    edit(repository, "        sums = ", "        import time; time.sleep(60)\n        sums = ")
+    edit(repository, "            sums = ", "            import time; time.sleep(60)\n            sums = ")
     result = compare("HEAD", "--timeout", "4s")
     assert result.exit_code == 4, result.output
     assert "side B, working tree" in result.output
@@ -279,6 +289,19 @@ def test_the_other_checkout_is_what_runs(monkeypatch, tmp_path: Path) -> None:
     assert result.exit_code == 4
     assert "side B, working tree" in result.output
     assert "a kernel of side B" in result.output
+
+
+def test_the_phase_that_lost_time_is_named(repository: Path, tmp_path: Path) -> None:
+    edit(repository, "            mean = sums", "            import time; time.sleep(0.02); mean = sums")
+    sides = (export(repository, ref, name, tmp_path) for ref, name in (("main", "A"), (None, "B")))
+    (request,) = requests(
+        (LAYER,), ("prefill",), (64,), (1,), ("float32",), device="cpu", size="", seeds=(0,)
+    )
+    rows = phases_of(Plan(*sides, [request], timeout_s=60.0), request)
+    assert rows[0]["phase"] == "mean"
+    assert rows[0]["ms_more"] > 19
+    assert rows[0]["share_b"] > 0.5
+    assert {row["phase"] for row in rows} == {"sum", "mean", "other"}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ layers and their kernels is put before the tool's.
 """
 
 import dataclasses
+import importlib
 import os
 import queue
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from fwpkm_bench.workloads import recall, throughput
 
 SMALL = {"width": 64, "head_dim": 32, "key_dim": 64, "value_dim": 48, "n_subkeys": 40, "chunk_size": 32}
 SEQUENCES, TOKENS, CUT = 2, 150, 67
+TOOL = Path(fwpkm_bench.__file__).parent
 SETTLING_S = 1.0  # of calls before the first that counts
 
 
@@ -62,6 +65,8 @@ def enter(package: str) -> None:
         if hasattr(fwpkm_bench, part):
             delattr(fwpkm_bench, part)
     fwpkm_bench.__path__.insert(0, package)
+    kernels = importlib.import_module("fwpkm_bench.kernels")
+    kernels.__path__.append(str(TOOL / "kernels"))  # what the tool itself needs and an older side lacks
 
 
 def _listen(connection: Connection, asked: queue.Queue[Any]) -> None:
@@ -142,6 +147,12 @@ class Bench:
     def recall(self) -> dict[str, Any]:
         """The columns of the recall workload at the case's length."""
         return dict(recall.run(self.resolve("recall")).columns)
+
+    def phases(self) -> list[dict[str, Any]]:
+        """A row a phase of the case; a side without named ranges has one, ``other``."""
+        from fwpkm_bench.profiling.phases import measure_phases  # listens to the side's own kernels
+
+        return measure_phases(self.case).rows
 
     def _call(self) -> tuple[float, Any]:
         self.mode.prepare(self.index)

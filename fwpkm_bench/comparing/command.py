@@ -45,6 +45,7 @@ class Options:
     budget_s: float
     timeout_s: float
     seed: int
+    profile: bool
     out: Path | None
 
 
@@ -111,7 +112,16 @@ def _sides(base: str | None, head: str | None, options: Options) -> int:
         )
         out = _out(options, a.label, b.label)
         results.prepare(out)
-        plan = Plan(a, b, asked, options.threshold, options.budget_s, options.timeout_s, options.seed)
+        plan = Plan(
+            a,
+            b,
+            asked,
+            threshold=options.threshold,
+            budget_s=options.budget_s,
+            timeout_s=options.timeout_s,
+            seed=options.seed,
+            profile=options.profile,
+        )
         found = compare(plan, lambda line: click.echo(line, err=True))
         return _deliver(found, out, options, (a.describe(), b.describe()), [])
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from fwpkm_bench.store import write_atomically
 
 COMPARISON = "comparison.json"
 HEADINGS = ["case", "results", "time, B / A", "99% interval", "noise (A / A)", "verdict", "memory", "recall"]
+LEAST_SHARE = 0.1  # of the time lost: a phase that lost less is not named
 COLOURS = {"faster": 2, "slower": 3, "same": 0, "ambiguous": 7}  # of the palette
 NOTES = """\
 Time is that of a step, B over A; above 1, B is slower. Its interval comes from resampling invocations (fresh
@@ -50,7 +53,8 @@ def write(out: Path, found: Compared, about: dict[str, Any]) -> None:
     checks = pd.DataFrame([dataclasses.asdict(check) for check in found.checks])
     turns = pd.DataFrame([{"case": case, **dataclasses.asdict(turn)} for case, turn in found.turns])
     write_atomically(out / COMPARISON, json.dumps(about, indent=2) + "\n")
-    for name, table in (("compare", rows), ("checks", checks), ("turns", turns)):
+    phases = pd.DataFrame(found.phases)
+    for name, table in (("compare", rows), ("checks", checks), ("turns", turns), ("phases", phases)):
         if len(table):
             write_atomically(out / f"{name}.csv", table.to_csv(index=False))
     timed = rows[rows["time_ratio"].notna()]
@@ -85,7 +89,21 @@ def _page(found: Compared, about: dict[str, Any], picture: bool) -> list[str]:
 
 
 def _reasons(found: Compared) -> list[str]:
-    return [f"{_name(row)}: {row['reason']}" for row in found.rows if row["reason"]]
+    """What went wrong or stayed open, and which phases moved."""
+    said = [f"{_name(row)}: {row['reason']}" for row in found.rows if row["reason"]]
+    return said + [_moved(case, list(rows)) for case, rows in groupby(found.phases, key=itemgetter("case"))]
+
+
+def _moved(case: str, phases: list[dict[str, Any]]) -> str:
+    """The phases of a case that lost time, by how much."""
+    whole = sum(row["ms_more"] for row in phases)
+    said = [
+        f"{row['phase']} {row['ms_a'] or 0:.3g} to {row['ms_b'] or 0:.3g} ms ({row['ms_more'] / whole:.0%})"
+        for row in phases
+        if whole > 0 and row["ms_more"] > LEAST_SHARE * whole
+    ]
+    found = "; ".join(said) or "no phase lost time while both sides were profiled"
+    return f"{case}: of {whole:.3g} ms more a step: {found}" if said else f"{case}: {found}"
 
 
 def _name(row: dict[str, Any]) -> str:
