@@ -20,6 +20,7 @@ class Check:
 
     layer: str
     backend: str
+    variant: str  # of the settings
     dtype: str
     what: str
     error: float | None  # |mine - reference| / |reference|, both in the Euclidean norm
