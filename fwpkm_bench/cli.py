@@ -293,18 +293,35 @@ def list_command() -> None:
 @click.option("--device", default="cpu", help="cpu (default) or cuda.")
 @click.option("--layers", "--layer", callback=_names, metavar="NAMES", help="Which layers (default: all).")
 @click.option("--backend", callback=_names, metavar="NAMES", help="Which backends (default: all).")
+@click.option(
+    "--variants",
+    callback=_names,
+    metavar="NAMES",
+    help="Of the settings: plain (default on a CPU, where interpreted kernels take their time), all (default "
+    "on a GPU), or some of shared, projected, drop, dot, top-1, two-heads, narrow, many-subkeys, bfloat16.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs (default: a fresh one).")
 def verify(
-    device: str, layers: tuple[str, ...] | None, backend: tuple[str, ...] | None, seed: int | None
+    device: str,
+    layers: tuple[str, ...] | None,
+    backend: tuple[str, ...] | None,
+    variants: tuple[str, ...] | None,
+    seed: int | None,
 ) -> int:
     """Hold every backend of every layer to its reference on a device: outputs, gradients, states.
+
+    A miss is looked at once more, with fresh inputs, and told as "second draw": where two scores nearly tie,
+    float32 may rightly choose another slot than float64.
+
+    Each backend runs in a process of its own; one that dies, or fails, is told, and the rest goes on.
 
     Exits with 1 where one is wrong or fails, and with 4 where none could be checked.
     """
     import secrets
 
-    from fwpkm_bench import catalog, report
+    from fwpkm_bench import catalog, parity, report
     from fwpkm_bench import verify as verification
+    from fwpkm_bench.errors import choose
     from fwpkm_bench.run import check_device
 
     check_device(device)
@@ -313,8 +330,11 @@ def verify(
     chosen = layers or tuple(catalog.layer_names())
     for name in chosen:
         catalog.check_layer(name)
+    known = [v.name for v in parity.VARIANTS]
+    named = variants or (("all",) if device == "cuda" else ("plain",))
+    names = tuple(known) if named == ("all",) else tuple(choose("variant", n, known) for n in named)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    checks = verification.verify(chosen, backend or (), device, seed)
+    checks = verification.verify(chosen, backend or (), device, seed, names)
     report.print_checks(checks, seed)
     if any(check.status in ("wrong", "failed") for check in checks):
         return 1

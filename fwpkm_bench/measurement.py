@@ -14,12 +14,22 @@ class Measurement:
     warmup_ms: list[float] = field(default_factory=list)
 
 
+SLACK = 20.0  # how much more than the reference in float32 a backend may lose
+LEAST, MOST = (
+    1e-6,
+    2e-3,
+)  # what any may lose; and what none may, so that inputs which ask for it are drawn anew
+HALF = 2e-2  # what one may lose that computes in half precision
+INPUTS = 10  # drawn at most in search of some that the reference itself has no trouble with
+
+
 @dataclass(frozen=True)
 class Check:
     """One quantity of one backend, or the reason why there is none."""
 
     layer: str
     backend: str
+    variant: str  # of the settings
     dtype: str
     what: str
     error: float | None  # |mine - reference| / |reference|, both in the Euclidean norm

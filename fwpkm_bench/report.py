@@ -171,17 +171,19 @@ def print_checks(checks: list[Check], seed: int) -> None:
     """One line a quantity: its relative error and what is allowed; then how to see it again."""
     console = Console(highlight=False, width=WIDE)
     table = Table(box=None, pad_edge=False)
-    for heading in ("layer", "backend", "dtype", "what", "relative error", "allowed", ""):
+    for heading in ("layer", "backend", "variant", "dtype", "what", "relative error", "allowed", ""):
         side: JustifyMethod = "right" if heading in ("relative error", "allowed") else "left"
         table.add_column(heading, justify=side, no_wrap=True)
     for check in checks:
         numbers = ("" if x is None else f"{x:.1e}" for x in (check.error, check.allowed))
         said = escape(": ".join(filter(None, (check.status, check.reason))))
-        table.add_row(check.layer, check.backend, check.dtype, check.what, *numbers, said)
+        table.add_row(check.layer, check.backend, check.variant, check.dtype, check.what, *numbers, said)
     console.print(table)
     statuses = [check.status for check in checks]
     counts = {status: statuses.count(status) for status in ("ok", "wrong", "failed", "skipped")}
     summed = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+    again = sum(check.status == "ok" and check.reason.startswith("second draw") for check in checks)
+    summed += f", {again} of the ok ones in a second draw" if again else ""
     console.print(f"{summed or 'nothing to check'} (--seed {seed})")
 
 

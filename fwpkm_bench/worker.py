@@ -25,15 +25,20 @@ STATUS = Path("/proc/self/status")
 MEMORY_SHARE = 0.9  # of what is free: a case asking for more is told no, and the machine lives on
 
 
-def work(case: dict[str, Any], connection: Connection, measure: Measure | None = None) -> None:
+def work(case: dict[str, Any], measure: Measure | None, connection: Connection) -> None:
     """Run ``case`` and send ``{"status", "reason", "columns", "samples_ms", "warmup_ms"}`` back."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+    settle(connection)
     resolved = Case(**case)
     if resolved.device == "cpu":
         limit_memory()
     connection.send(attempt(resolved, measure))
     connection.close()
+
+
+def settle(connection: Connection) -> None:
+    """Leave Ctrl-C to the parent at the other end of ``connection``, and live no longer than it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
 
 
 def attempt(case: Case, measure: Measure | None = None) -> dict[str, Any]:

@@ -21,6 +21,9 @@ class NoState:
     def nbytes(self) -> int:
         return 0
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
     def detach(self) -> "NoState":
         return self
 
@@ -85,3 +88,60 @@ class SlowThenGreedy(Greedy):
     def forward(self, x, state=None):
         time.sleep(0.05)
         return super().forward(x, state)
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """Enough for `verify` to try its variants with many sub-keys and with narrow values."""
+
+    width: int = 8
+    n_subkeys: int = 4
+    value_dim: int = 8
+
+
+class Slots(SequenceLayer):
+    """Doubles its input, but for what `spoilt` makes of it where no reference is asked."""
+
+    Settings = SlotSettings
+    sizes: ClassVar = {"laptop": SlotSettings()}
+    backends = ("reference", "eager")
+    memory_core = None
+
+    def forward(self, x: Tensor, state: NoState | None = None) -> tuple[Tensor, NoState]:
+        return x * (2 if self.backend == "reference" else self.spoilt()), NoState()
+
+    def spoilt(self) -> float:
+        return 2
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.settings.value_dim == 20 and self.settings.n_subkeys == 40
+
+
+class WrongWhenNarrow(Slots):
+    def spoilt(self) -> float:
+        return 2.002 if self.is_narrow else 2
+
+
+class WrongForASeed(Slots):
+    def spoilt(self) -> float:
+        return 2.002 if torch.initial_seed() == 7 else 2
+
+
+class DiesWhenNarrow(Slots):
+    def spoilt(self) -> float:
+        if self.is_narrow:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return 2
+
+
+class PoisonsItsProcess(Slots):
+    """As an illegal address does on a GPU: whatever comes after it in the same process fails too."""
+
+    poisoned = False
+
+    def spoilt(self) -> float:
+        PoisonsItsProcess.poisoned |= self.is_narrow
+        if self.poisoned:
+            raise RuntimeError("an illegal memory access was encountered")
+        return 2

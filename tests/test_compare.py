@@ -301,7 +301,7 @@ def test_the_phase_that_lost_time_is_named(repository: Path, tmp_path: Path) -> 
     assert rows[0]["phase"] == "mean"
     assert rows[0]["ms_more"] > 19
     assert rows[0]["share_b"] > 0.5
-    assert {row["phase"] for row in rows} == {"sum", "mean", "other"}
+    assert {row["phase"] for row in rows} == {"sum", "mean", "projections", "other"}
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
 """Measuring instruments against things of known size."""
 
+import os
 import time
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
 from fwpkm_bench.measure import timing
 from fwpkm_bench.measure.ceilings import Ceilings, measure_ceilings
-from fwpkm_bench.measure.memory import PeakMemory
+from fwpkm_bench.measure.memory import PeakMemory, vram_process_bytes
 
 MIB = 2**20
 
@@ -102,3 +105,28 @@ def test_ceilings_are_of_this_machine() -> None:
     found = measure_ceilings("cpu", torch.float32)
     assert 1e9 < found.flops < 1e14
     assert 1e8 < found.bytes < 1e13
+
+
+@pytest.mark.parametrize("kind", ["GPU", "MIG"])
+def test_the_drivers_device_is_torchs(monkeypatch, kind: str) -> None:
+    """The driver has two GPUs, torch sees the second alone and calls it 0."""
+    held = {f"{kind}-first": 11, f"{kind}-second": 22}
+
+    def handle(uuid: str) -> str:
+        if uuid not in held:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    def processes(uuid: str) -> list[SimpleNamespace]:
+        mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=held[uuid])
+        return [SimpleNamespace(pid=-1, usedGpuMemory=99), mine]
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: list(held)[index])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", processes)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="second"))
+    assert vram_process_bytes("cuda") == 22
+    held.pop(f"{kind}-second")
+    assert vram_process_bytes("cuda") is None

@@ -20,6 +20,7 @@ from fwpkm_bench.kernels.product_key_triton import nearest_subkeys
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum, row_dots, weighted_rows
 from fwpkm_bench.layers.fwpkm import FwPKM, Settings, fwpkm
 from fwpkm_bench.layers.pkm import pkm
+from fwpkm_bench.measure.compiled import note_calls
 from tests.test_fwpkm import GOLDEN, random_inputs, run_golden
 from tests.test_fwpkm_training import INPUTS, gradients
 from tests.test_pkm import draw
@@ -128,6 +129,7 @@ POINTS = [  # each value of each setting meets most others
 def test_fwpkm_is_the_reference(kw: dict) -> None:
     """Outputs, state and gradients, with masks, several heads, in pieces, and of a single token."""
     whole = kw["boundary"] == "drop"  # pieces would be chunks there
+    kw = kw | {"learning_rate": 0.3, "addressing_weight": 0.7}  # no float32 holds these
     for batch, tokens, heads, cuts in ((2, 17, 2, () if whole else (4, 11)), (1, 1, 3, ())):
         inputs = random_inputs(batch, tokens, heads, n=6)
         mask = torch.arange(tokens) >= torch.tensor([[4], [0]]) if batch == 2 else None
@@ -252,6 +254,17 @@ def test_not_a_number_stays_in_bounds() -> None:
     assert out.retrieved[0, 3].isnan().all()
 
 
+def test_a_learning_rate_compiles_nothing_again() -> None:
+    """Nor does a chunk's place: what Triton compiles for hangs on the shapes and the other settings alone."""
+    inputs = random_inputs(1, 9, 1, n=6)
+    noted = []
+    for rate in (0.3, 0.6):
+        kw = POINTS[0] | {"learning_rate": rate, "addressing_weight": rate}
+        noted.append(note_calls(lambda kw=kw: gradients(inputs, (), None, **kw, backend="triton")))
+    assert noted[0] == noted[1]
+    assert {call["kernel"] for call in noted[0]} >= {"move_keys_kernel", "usage_gradient_kernel"}
+
+
 def test_refused_without_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(triton_support, "INTERPRETED", False)
     inputs = random_inputs(1, 3, 1, n=6)
@@ -299,3 +312,5 @@ print(json.dumps(rows))
     assert all(row["registers"] > 0 for row in rows)
     assert [row for row in rows if row["spilled_bytes"]] == []
     assert all(row["shared_bytes"] <= 227 * 1024 for row in rows)
+    blocks = {row["kernel"]: row["constants"] for row in rows}
+    assert "BLOCK_J=8 " in blocks["usage_kernel"]  # a GPU's, not the interpreter's

@@ -18,17 +18,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import fwpkm_bench
-from fwpkm_bench import spec, worker
+from fwpkm_bench import parity, spec, worker
 from fwpkm_bench.measure.memory import PeakMemory, keep_freed_memory
 from fwpkm_bench.measure.timing import sampler
 from fwpkm_bench.spec import Case, Sweep
 from fwpkm_bench.workloads import recall, throughput
 
-SMALL = {"width": 64, "head_dim": 32, "key_dim": 64, "value_dim": 48, "n_subkeys": 40, "chunk_size": 32}
-SEQUENCES, TOKENS, CUT = 2, 150, 67
 TOOL = Path(fwpkm_bench.__file__).parent
 SETTLING_S = 1.0  # of calls before the first that counts
 
@@ -107,7 +104,7 @@ class Bench:
         else:
             layer.load_state_dict(load_file(parameters))
         kind = getattr(torch, dtype)
-        found = outcome(layer.to(device, kind), device, kind, seed)
+        found = parity.outcome(layer.to(device, kind), device, kind, seed)
         save_file({name: tensor.double().cpu().contiguous() for name, tensor in found.items()}, into)
 
     def start(self, into: str) -> dict[str, Any]:
@@ -169,36 +166,11 @@ class Bench:
 
 
 def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` with every size at most that of `SMALL`; the reference takes minutes at full size."""
-    small = {n: min(v, SMALL[n]) if n in SMALL and isinstance(v, int) else v for n, v in settings.items()}
+    """``settings`` with every size at most that of `parity.SMALL`: at full size a reference takes minutes."""
+    small = {name: min(v, parity.SMALL[name]) if name in parity.SMALL else v for name, v in settings.items()}
     if "topk" in small and "n_subkeys" in small:
         small["topk"] = min(small["topk"], small["n_subkeys"])
     return small
-
-
-def outcome(layer: Any, device: str, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Output and state after two pieces, and the gradients of a random projection of the whole."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (SEQUENCES, TOKENS, layer.settings.width)
-    x, cotangent = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-    with torch.no_grad():
-        first, state = layer(x[:, :CUT])
-        second, state = layer(x[:, CUT:], state)
-    x.requires_grad_()
-    y, _ = layer(x)
-    y.backward(cotangent)
-    found = {"output": y, "output in pieces": torch.cat((first, second), 1), "gradient: x": x.grad}
-    found |= {f"state: {name}": tensor for name, tensor in state_tensors(layer, state).items()}
-    found |= {f"gradient: {n}": p.grad for n, p in layer.named_parameters() if p.grad is not None}
-    return {what: tensor.detach() for what, tensor in found.items()}
-
-
-def state_tensors(layer: Any, state: Any) -> dict[str, Tensor]:
-    """What a state holds; of a memory over an initial table, how far it has moved from it."""
-    if hasattr(state, "materialize"):
-        keys, values = state.materialize()
-        return {"keys": keys - layer.keys, "values": values - layer.values}
-    return {name: tensor for name, tensor in state.tensors().items() if tensor.is_floating_point()}
 
 
 def fingerprint(layer: Any) -> list[float]:

@@ -1,9 +1,8 @@
 """Right before fast: each side against side A's reference, and then one side's outputs against the other's.
 
 The first is at a small size, in float64 on the CPU: outputs, gradients and final state, with side A's
-parameters. A side may be off by `SLACK` times what the reference itself loses in float32, and by `LEAST` in
-any case; in half precision by `HALF`. A float32 that misses is drawn once more, because two scores that tie
-but for a rounding may be told apart differently; wrong is what misses twice.
+parameters and the tolerances of `measurement`. A float32 that misses is drawn once more, because two scores
+that tie but for a rounding may be told apart differently; wrong is what misses twice.
 
 The second is at the size that is timed, where the same parameters come out of the same seed: it finds what
 breaks in large blocks alone. There a selected slot or two may differ for the same reason, hence `FLIPS`.
@@ -17,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from fwpkm_bench.comparing.remote import Remote
+from fwpkm_bench.comparing.remote import Remote, SideError
 from fwpkm_bench.comparing.sides import Side
+from fwpkm_bench.measurement import HALF, INPUTS, LEAST, MOST, SLACK
 
-SLACK = 20.0
-LEAST = 1e-6
-HALF = 2e-2
 FLIPS = 2e-3
 DRAWS = 2
 DOUBLE, SINGLE = "float64", "float32"
@@ -53,7 +50,7 @@ class Gate:
 
     def __init__(self, a: Side, folder: Path, timeout_s: float) -> None:
         self.a, self.folder, self.timeout_s = a, folder, timeout_s
-        self._expected: dict[str, tuple[Path, Outcome, dict[str, float]]] = {}
+        self._known: dict[str, tuple[int, Path, Outcome, dict[str, float]]] = {}
 
     def check(self, case: str, side: Side, request: dict[str, Any], seed: int) -> list[Checked]:
         """Hold ``side`` to the reference of side A with the settings of ``side``.
@@ -63,7 +60,7 @@ class Gate:
         """
         found: list[Checked] = []
         for draw in range(1, DRAWS + 1):
-            found = self._check_once(case, side, request, seed + draw - 1, draw)
+            found = self._check_once(case, side, request, seed + INPUTS * (draw - 1), draw)
             (dtype,) = request["dtype"]
             if dtype not in EXACT or all(checked.right for checked in found):
                 break
@@ -73,17 +70,7 @@ class Gate:
         self, case: str, side: Side, request: dict[str, Any], seed: int, draw: int
     ) -> list[Checked]:
         (dtype,) = request["dtype"]
-        oracle = replace(self.a, settings=side.settings, backend="reference")
-        key = repr((side.settings, request["layers"], request["size"], seed))
-        if key not in self._expected:
-            parameters = self.folder / f"parameters-{len(self._expected)}"
-            expected, rough = (
-                self._outcome(oracle, request, parameters, kind, "cpu", seed, draw=kind == DOUBLE)
-                for kind in EXACT
-            )
-            losses = {what: error(rough[what], expected[what]) for what in expected}
-            self._expected[key] = parameters, expected, losses
-        parameters, expected, losses = self._expected[key]
+        seed, parameters, expected, losses = self._oracle(side, request, seed)
         mine = self._outcome(side, request, parameters, dtype, request["device"], seed, draw=False)
         checks = []
         for what, wanted in sorted(expected.items(), key=_outputs_first):
@@ -91,6 +78,33 @@ class Gate:
             allowed = max(LEAST, SLACK * losses[what]) if dtype in EXACT else HALF
             checks.append(Checked(case, side.name, f"reference of {self.a.label}", what, off, allowed, draw))
         return checks
+
+    def _oracle(
+        self, side: Side, request: dict[str, Any], seed: int
+    ) -> tuple[int, Path, Outcome, dict[str, float]]:
+        """A seed, the parameters that go with it, what the reference of side A says with the settings of
+        ``side``, and what it loses in float32.
+
+        Inputs on which the reference itself goes astray in float32 hold a near tie, and would allow anything:
+        the next seed's are taken.
+        """
+        reference = replace(self.a, settings=side.settings, backend="reference")
+        key = repr((side.settings, request["layers"], request["size"], seed))
+        if key not in self._known:
+            for candidate in range(seed, seed + INPUTS):
+                parameters = self.folder / f"parameters-{len(self._known)}"
+                expected, rough = (
+                    self._outcome(reference, request, parameters, kind, "cpu", candidate, draw=kind == DOUBLE)
+                    for kind in EXACT
+                )
+                losses = {what: error(rough[what], expected[what]) for what in expected}
+                if SLACK * max(losses.values()) <= MOST:
+                    self._known[key] = candidate, parameters, expected, losses
+                    break
+            else:
+                reason = f"its reference loses more than {MOST / SLACK:g} in float32, {INPUTS} times over"
+                raise SideError(self.a, "unsupported", reason)
+        return self._known[key]
 
     def _outcome(
         self,

@@ -1,12 +1,10 @@
 """A side's process, as the one that compares sees it."""
 
-import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
 from fwpkm_bench.comparing.sides import Side
-from fwpkm_bench.executors.local import PATIENCE_S, epitaph, process_context, uninterrupted
+from fwpkm_bench.executors.child import Child, ChildDiedError
 
 
 class SideError(Exception):
@@ -29,8 +27,6 @@ class Remote:
         from fwpkm_bench.comparing import bench
 
         self.side, self.timeout_s = side, timeout_s
-        context = process_context()
-        self._connection, theirs = context.Pipe()
         package, root = (None if path is None else str(path) for path in (side.package, side.root))
         own = dict(request)
         if side.backend is not None:
@@ -39,11 +35,7 @@ class Remote:
             own["layers"] = tuple(_within(name, side.root) for name in own["layers"])
         layer = own["layers"][0]
         own["settings"] = {name: v for name, v in side.settings.items() if name.rpartition(".")[0] == layer}
-        self._process: Any = context.Process(target=bench.serve, args=(package, root, own, theirs))
-        self._started = time.monotonic()
-        with uninterrupted():
-            self._process.start()
-        theirs.close()
+        self._child = Child(bench.serve, package, root, own)
         try:
             self._answer()
         except SideError:
@@ -52,30 +44,24 @@ class Remote:
 
     def call(self, method: str, **arguments: Any) -> Any:
         """What the side's `Bench` answers."""
-        with contextlib.suppress(OSError):  # it is gone; how it ended is said below
-            self._connection.send((method, arguments))
+        self._child.send((method, arguments))
         return self._answer()
 
     def _answer(self) -> Any:
         try:
-            if not self._connection.poll(self.timeout_s):
-                raise SideError(self.side, "timeout", f"no answer in {self.timeout_s:g} s; raise --timeout")
-            answer = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(PATIENCE_S)
-            after_s = time.monotonic() - self._started
-            raise SideError(self.side, "crashed", epitaph(self._process.exitcode, after_s)) from None
+            answer = self._child.receive(self.timeout_s)
+        except TimeoutError:
+            reason = f"no answer in {self.timeout_s:g} s; raise --timeout"
+            raise SideError(self.side, "timeout", reason) from None
+        except ChildDiedError as error:
+            raise SideError(self.side, "crashed", str(error)) from None
         if answer["status"] != "ok":
             raise SideError(self.side, answer["status"], answer["reason"], answer.get("detail", ""))
         return answer.get("result")
 
     def stop(self) -> None:
         """End the process."""
-        self._connection.close()
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join()
-        self._process.close()
+        self._child.stop(patience_s=0.0)
 
     def __enter__(self) -> "Remote":
         return self

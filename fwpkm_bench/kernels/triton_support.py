@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton reads it as it decorates a kernel
+GPU_BLOCKS_VARIABLE = "FWPKM_BENCH_GPU_BLOCKS"  # for what is compiled for a GPU without one
+# Whether blocks are chosen for a GPU: interpreted, a program takes a while, so fewer and larger are better.
+GPU_BLOCKS = not INTERPRETED or os.environ.get(GPU_BLOCKS_VARIABLE) == "1"
 
 
 def require_triton(device: torch.device) -> None:

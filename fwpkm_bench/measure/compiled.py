@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fwpkm_bench.errors import UsageError
+from fwpkm_bench.kernels.triton_support import GPU_BLOCKS_VARIABLE
 from fwpkm_bench.measurement import Compiled
 
 TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 TYPES |= {"int64": "i64", "int32": "i32", "bool": "i1"}
+INTERPRETED_FOR_A_GPU = {"TRITON_INTERPRET": "1", GPU_BLOCKS_VARIABLE: "1"}
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -137,7 +139,7 @@ def note(layers: list[str]) -> list[dict[str, Any]]:
     """
     command = [sys.executable, "-m", "fwpkm_bench.measure.kernel_calls", *layers]
     child = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False
+        command, capture_output=True, text=True, env=os.environ | INTERPRETED_FOR_A_GPU, check=False
     )
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["no message"]

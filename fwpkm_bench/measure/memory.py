@@ -85,10 +85,14 @@ def vram_process_bytes(device: str) -> int | None:
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid():
-                return process.usedGpuMemory
     except pynvml.NVMLError:
         return None
+    # By its name: the driver counts all GPUs of the machine, torch those that CUDA_VISIBLE_DEVICES leaves.
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    for kind in ("GPU", "MIG"):  # a whole one, or a part of one
+        with contextlib.suppress(pynvml.NVMLError):
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid():
+                    return process.usedGpuMemory
     return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from fwpkm_bench.kernels.phases import in_phase, phase
 from fwpkm_bench.kernels.product_key_triton import nearest_subkeys, product
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum
-from fwpkm_bench.kernels.triton_support import INTERPRETED, power_of_two, require_triton
+from fwpkm_bench.kernels.triton_support import GPU_BLOCKS, power_of_two, require_triton
 
 from .overlay import OverlayState
 from .reference import LOG_EPSILON, write_coefficient
@@ -24,7 +24,7 @@ from .settings import MemorySettings
 from .triton_kernels import move_keys_kernel, read_kernel, usage_kernel
 
 # Sub-keys a program: few, for one sequence alone must fill the chip; interpreted, each program takes a while.
-FEW, SOME = (32, 32) if INTERPRETED else (8, 16)
+FEW, SOME = (8, 16) if GPU_BLOCKS else (32, 32)
 TILE = 8192  # values of a block that a program keeps in registers at most
 
 
@@ -262,7 +262,7 @@ def address(state: OverlayState, queries: Tensor, plan: Plan) -> Addressed:
     shape = (len(queries), plan.addressed, heads, 2, settings.topk)
     subkeys = torch.empty(shape, dtype=torch.int32, device=queries.device)
     scores = torch.empty(shape, dtype=queries.dtype, device=queries.device)
-    step_size = settings.learning_rate * settings.addressing_weight
+    step_size = key_step(settings, queries) if any(s.own for s in plan.steps) else None
     keys, usage = [], []
     for step in plan.steps:
         keys.append(state.keys)
@@ -273,13 +273,19 @@ def address(state: OverlayState, queries: Tensor, plan: Plan) -> Addressed:
             scores[:, step.rows],
             inverse_distance=settings.score == "idw",
         )
-        if step.own and settings.addressing_weight:
+        if step_size is not None and step.own and settings.addressing_weight:
             usage.append(queries.new_empty((memories, 2, n)))
             state.keys = _move_keys(
-                queries, state.keys, scores, subkeys, usage[-1], step, settings, step_size
+                queries, state.keys, scores, subkeys, usage[-1], step_size, step, settings
             )
     slots, ranks, weights = product(scores, subkeys, n, joint=True)
     return Addressed(subkeys, scores, slots, ranks, weights, keys, usage)
+
+
+def key_step(settings: MemorySettings, like: Tensor) -> Tensor:
+    """The step of the keys, for a kernel to load: as a constant, each learning rate would compile again, and
+    as a number, Triton would round it to float32."""
+    return like.new_full((1,), settings.learning_rate * settings.addressing_weight)
 
 
 @in_phase("keys")
@@ -289,9 +295,9 @@ def _move_keys(
     scores: Tensor,
     subkeys: Tensor,
     usage: Tensor,
+    step_size: Tensor,
     step: Step,
     settings: MemorySettings,
-    step_size: float,
 ) -> Tensor:
     """Fill ``usage [S, 2, n]`` from the own tokens of ``step``; the keys after its addressing loss."""
     memories, heads, _, n, half = keys.shape
@@ -323,6 +329,7 @@ def _move_keys(
         scores,
         subkeys,
         usage,
+        step_size,
         after,
         first,
         step.own,
@@ -332,7 +339,6 @@ def _move_keys(
         batch // memories,
         n,
         half,
-        STEP=step_size,
         HEADS=heads,
         topk=settings.topk,
         INVERSE_DISTANCE=settings.score == "idw",

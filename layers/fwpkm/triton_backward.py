@@ -13,7 +13,7 @@ from fwpkm_bench.kernels.phases import in_phase, phase
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum
 from fwpkm_bench.kernels.triton_support import power_of_two
 
-from .triton import FEW, SOME, TILE, Record, Step
+from .triton import FEW, SOME, TILE, Record, Step, key_step
 from .triton_backward_kernels import (
     key_gradient_kernel,
     pull_gradient_kernel,
@@ -46,6 +46,9 @@ class Walk:
         self.grad_retrieved, self.grad_weights, self.grad_losses, self.grad_entropy = (
             None if g is None else g.contiguous() for g in (retrieved, weights, losses, entropy)
         )
+        if self.grad_entropy is not None:
+            self.grad_entropy = self.grad_entropy * self.settings.addressing_weight
+        self.step_size = key_step(self.settings, query)
         _, _, _, need_query, need_gate, need_target, need_keys, need_values, need_rows = ctx.needs_input_grad
         self.needed = (need_query, need_gate, need_target, need_keys, need_values, need_rows)
         batch, addressed, heads, _, k = self.at.scores.shape
@@ -184,14 +187,13 @@ class Walk:
         batch, addressed = at.scores.shape[:2]
         sharers = batch // memories
         moved = bool(step.own and settings.addressing_weight)
-        step_size = settings.learning_rate * settings.addressing_weight
         queries = self.query[:, step.start : step.stop]
         own = self.query[:, step.stop - step.own : step.stop]
         first_own = step.first + step.length - step.own
         usage, dusage = self.dkeys, self.dkeys  # not looked at where the keys did not move
         block_k, block_t = power_of_two(settings.topk), 16
         shared = {"HEADS": heads, "topk": settings.topk, "INVERSE_DISTANCE": settings.score == "idw"}
-        shared |= {"BLOCK_K": block_k, "STEP": step_size, "num_warps": 4}
+        shared |= {"BLOCK_K": block_k, "num_warps": 4}
         if moved:
             self.moves -= 1
             usage, dusage = at.usage[self.moves], torch.empty_like(at.usage[self.moves])
@@ -201,6 +203,7 @@ class Walk:
                 self.dkeys,
                 at.scores,
                 at.subkeys,
+                self.step_size,
                 self.dpull,
                 first_own,
                 step.own,
@@ -226,6 +229,7 @@ class Walk:
             dusage,
             self.dpull,
             self.dsums,
+            self.step_size,
             self.dquery[:, step.start : step.stop],
             self.pulls,
             step.first,
@@ -252,6 +256,7 @@ class Walk:
             at.subkeys,
             usage,
             self.pulls,
+            self.step_size,
             before,
             step.first,
             step.length,
@@ -295,9 +300,8 @@ class Walk:
             sharers,
             n,
             slope.stride(0),
-            WEIGHT=self.settings.addressing_weight,
             FROM_ENTROPY=self.grad_entropy is not None,
-            **{name: value for name, value in shared.items() if name != "STEP"},
+            **shared,
             BLOCK_J=FEW,
             BLOCK_T=max(16, 256 // shared["BLOCK_K"]),
         )

@@ -145,6 +145,7 @@ def pull_gradient_kernel(
     dkeys,
     scores,
     subkeys,
+    step_size,
     dpull,
     first,
     own,
@@ -154,7 +155,6 @@ def pull_gradient_kernel(
     sharers,
     n,
     half_features,
-    STEP: tl.constexpr,
     HEADS: tl.constexpr,
     topk: tl.constexpr,
     INVERSE_DISTANCE: tl.constexpr,
@@ -162,7 +162,7 @@ def pull_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """``da_tj = -STEP <q_t - K_j, dK'_j>``, or ``<q_t, dK'_j>`` for the dot product; the own tokens."""
+    """``da_tj = -step <q_t - K_j, dK'_j>``, or ``<q_t, dK'_j>`` for the dot product; the own tokens."""
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     side = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
@@ -174,6 +174,7 @@ def pull_gradient_kernel(
     chosen = tl.load(subkeys + place, valid, 0)
     base = (sequence // sharers * HEADS * 2 + side) * n
     kind = dpull.dtype.element_ty
+    step = tl.load(step_size)
     found = tl.zeros([BLOCK_T, BLOCK_K], kind)
     for r in range(topk):
         subkey = base + tl.sum(tl.where(rank == r, chosen, 0), axis=1)
@@ -187,7 +188,7 @@ def pull_gradient_kernel(
             if INVERSE_DISTANCE:
                 q -= tl.load(keys + at, mask, 0.0)
             dots += tl.sum(q * tl.load(dkeys + at, mask, 0.0), axis=1)
-        found = tl.where(rank == r, -STEP * dots[:, None], found)
+        found = tl.where(rank == r, -step * dots[:, None], found)
     tl.store(dpull + place, found, valid)
 
 
@@ -205,7 +206,6 @@ def usage_gradient_kernel(
     sharers,
     n,
     entropy_stride,
-    WEIGHT: tl.constexpr,
     FROM_ENTROPY: tl.constexpr,
     HEADS: tl.constexpr,
     topk: tl.constexpr,
@@ -240,7 +240,7 @@ def usage_gradient_kernel(
     curve = 1.0 / near + 1.0 / (near * near) * LOG_EPSILON
     gradient = total / (own * sharers * HEADS) * curve
     if FROM_ENTROPY:
-        gradient += WEIGHT * tl.load(grad_entropy + memory * entropy_stride) * entropy_slope(u)
+        gradient += tl.load(grad_entropy + memory * entropy_stride) * entropy_slope(u)
     tl.store(dusage + base + subkey, gradient, kept)
 
 
@@ -256,6 +256,7 @@ def query_gradient_kernel(
     dusage,
     dpull,
     dsums,
+    step_size,
     dquery,
     pulls,
     first,
@@ -269,7 +270,6 @@ def query_gradient_kernel(
     n,
     half_features,
     MOVED: tl.constexpr,
-    STEP: tl.constexpr,
     HEADS: tl.constexpr,
     topk: tl.constexpr,
     INVERSE_DISTANCE: tl.constexpr,
@@ -280,7 +280,7 @@ def query_gradient_kernel(
     """From the gradient to the slots' scores to that of the sub-keys' scores, ``ds``, and on to the queries.
 
     ``dq += sum_j pull_j (q - K_j)`` with ``pull_j = -2 ds_j / (eps + |q - K|^2)``, or ``ds_j K_j`` for the
-    dot product; and ``-STEP sum_j a_j dK'_j`` where the token has moved keys. The pulls are kept.
+    dot product; and ``-step sum_j a_j dK'_j`` where the token has moved keys. The pulls are kept.
     """
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     side = tl.program_id(1)
@@ -302,6 +302,7 @@ def query_gradient_kernel(
     memory = sequence // sharers
     kind = dsums.dtype.element_ty
     a = tl.zeros([BLOCK_T, BLOCK_K], kind)
+    step = tl.load(step_size)
     if MOVED:
         moved = valid & (token >= length - own)[:, None]
         count = own * sharers * HEADS
@@ -334,7 +335,7 @@ def query_gradient_kernel(
             total += own_share * (q - key) if INVERSE_DISTANCE else own_share * key
             if MOVED:
                 total -= (
-                    STEP * tl.sum(tl.where(pick, a, 0.0), axis=1)[:, None] * tl.load(dkeys + at, mask, 0.0)
+                    step * tl.sum(tl.where(pick, a, 0.0), axis=1)[:, None] * tl.load(dkeys + at, mask, 0.0)
                 )
         out = sequence * dquery_stride + token[:, None] * (HEADS * 2 * half_features)
         out += side * half_features + column[None, :]
@@ -350,6 +351,7 @@ def key_gradient_kernel(
     subkeys,
     usage,
     pulls,
+    step_size,
     out,
     first,
     length,
@@ -361,7 +363,6 @@ def key_gradient_kernel(
     n,
     half_features,
     MOVED: tl.constexpr,
-    STEP: tl.constexpr,
     HEADS: tl.constexpr,
     topk: tl.constexpr,
     INVERSE_DISTANCE: tl.constexpr,
@@ -371,7 +372,7 @@ def key_gradient_kernel(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``dK_j = dK'_j (1 + STEP sum_t a_tj) - sum_t pull_tj (q_t - K_j)``, or ``dK'_j + sum_t ds_tj q_t``."""
+    """``dK_j = dK'_j (1 + step sum_t a_tj) - sum_t pull_tj (q_t - K_j)``, or ``dK'_j + sum_t ds_tj q_t``."""
     subkey = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     side = tl.program_id(1)
     head, half = side // 2, side % 2
@@ -407,5 +408,5 @@ def key_gradient_kernel(
     after = tl.load(dkeys + at, kept, 0.0)
     if INVERSE_DISTANCE:
         total = weight[:, None] * tl.load(keys + at, kept, 0.0) - total
-        total += STEP * moved[:, None] * after
+        total += tl.load(step_size) * moved[:, None] * after
     tl.store(out + at, total + after, kept)

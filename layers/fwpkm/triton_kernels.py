@@ -168,6 +168,7 @@ def move_keys_kernel(
     scores,
     subkeys,
     usage,
+    step_size,
     out,
     first,
     own,
@@ -177,7 +178,6 @@ def move_keys_kernel(
     sharers,
     n,
     half_features,
-    STEP: tl.constexpr,
     HEADS: tl.constexpr,
     topk: tl.constexpr,
     INVERSE_DISTANCE: tl.constexpr,
@@ -187,7 +187,7 @@ def move_keys_kernel(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``K_j - STEP * sum_t a_tj (q_t - K_j)``, or ``a_tj q_t`` for the dot product; of the own tokens."""
+    """``K_j - step * sum_t a_tj (q_t - K_j)``, or ``a_tj q_t`` for the dot product; of the own tokens."""
     subkey = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     head, half = tl.program_id(1) // 2, tl.program_id(1) % 2
     memory = tl.program_id(2).to(tl.int64)
@@ -226,4 +226,4 @@ def move_keys_kernel(
     old = tl.load(keys + place, mask, 0.0)
     if INVERSE_DISTANCE:
         total -= weight[:, None] * old
-    tl.store(out + place, old - STEP * total, mask)
+    tl.store(out + place, old - tl.load(step_size) * total, mask)
