@@ -18,6 +18,7 @@ from fwpkm_bench.comparing.sides import Side
 from fwpkm_bench.comparing.verdicts import Speed, Turn
 from fwpkm_bench.ranges import format_length
 
+INTERRUPTED = "interrupted"
 PROFILE_S = 10.0  # a side
 WORSE = {"verdict": "slower", "memory": "more", "recall": "lower"}
 NOTHING_WORSE, REGRESSED, WRONG, NOT_MEASURED = 0, 1, 3, 4  # exit codes; 2 is usage
@@ -55,6 +56,8 @@ class Compared:
 
     @property
     def exit_code(self) -> int:
+        if any(row["status"] == INTERRUPTED for row in self.rows):
+            return 130
         if any(row["results"] == "wrong" for row in self.rows):
             return WRONG
         if any(row.get(name) == worse for row in self.rows for name, worse in WORSE.items()):
@@ -87,8 +90,18 @@ def label(request: dict[str, Any]) -> str:
 
 
 def compare(plan: Plan, say: Callable[[str], None]) -> Compared:
-    """Compare the sides of ``plan``; what cannot be measured is a row with its reason."""
+    """Compare the sides of ``plan``; what cannot be measured, or no more after Ctrl-C, is a row with its
+    reason."""
     found = Compared()
+    try:
+        _compare(plan, say, found)
+    except KeyboardInterrupt:
+        for row in found.rows[-1:]:
+            row |= {"status": INTERRUPTED, "reason": "interrupted"}
+    return found
+
+
+def _compare(plan: Plan, say: Callable[[str], None], found: Compared) -> None:
     recalls: dict[Any, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="fwpkm-bench-") as temporary:
         gate = Gate(plan.a, Path(temporary), plan.timeout_s)
@@ -114,7 +127,6 @@ def compare(plan: Plan, say: Callable[[str], None]) -> Compared:
             except SideError as error:
                 row |= {"status": error.status, "reason": str(error)}
                 say(f"{name}: could not be measured: {error}")
-    return found
 
 
 def _row(request: dict[str, Any]) -> dict[str, Any]:

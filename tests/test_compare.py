@@ -1,7 +1,9 @@
 """Comparisons: verdicts on turns whose truth is known, and whole runs over a repository of their own."""
 
 import json
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +381,25 @@ def test_outside_a_repository(tmp_path: Path, monkeypatch) -> None:
     result = compare("nothere", layers="linear")
     assert result.exit_code == 2
     assert "no git ref or run folder is called 'nothere'" in result.output
+
+
+def test_interrupted(repository: Path) -> None:
+    """What was found is kept, and the next one is not begun."""
+    edit(repository, "keep: int = 0", "keep: int = 1000")
+    words = ["compare", "HEAD", "--layers", LAYER, "--seq", "64,128", "--budget", "1h", "--out", "../out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fwpkm_bench", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "2 x 3 processes" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in output + errors
+    (row,) = table().to_dict("records")
+    assert row["status"] == "interrupted"
+    assert row["results"] == "right"
