@@ -23,7 +23,7 @@ RANK = [  # a module imports only from lines below its own
     {"measure.compiled"},
     {"spec", "measure.timing", "measure.memory", "measure.environment", "stats"},
     {"catalog", "measurement", "ranges"},
-    {"kernels.product_key_triton", "kernels.rows_triton"},
+    {"kernels.product_key_triton", "kernels.rows_triton", "kernels.subkey_gradients_triton"},
     {"errors", "kernels.product_key", "kernels.slots", "kernels.triton_support", "kernels.triton_blocks"},
     {"kernels.fla_support"},
 ]
