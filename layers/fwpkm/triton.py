@@ -74,6 +74,8 @@ def _run(
 ) -> dict[str, Tensor]:
     tokens = query.shape[1]
     plan = Plan.of(state, tokens, flush)
+    if tape is None and not any(step.own for step in plan.steps):
+        return _read_and_keep(state, query, target, gate)
     old_query, old_gate, old_target = state.pending()
     queries, gates = _after(old_query, query), _after(old_gate, gate)
     targets = _after(old_target, target)
@@ -133,23 +135,34 @@ def _run(
     }
 
 
+def _read_and_keep(state: OverlayState, query: Tensor, target: Tensor, gate: Tensor) -> dict[str, Tensor]:
+    """A call that fills no chunk, as while one token after another is decoded: there is nothing to write."""
+    retrieved, at = _read_alone(state, query)
+    state.append(query, gate, target)
+    losses, entropy = gate.new_empty((len(gate), 0)), gate.new_empty((len(state.keys), 0))
+    return {
+        "retrieved": retrieved,
+        "slots": at.slots,
+        "weights": at.weights,
+        "losses": losses,
+        "entropy": entropy,
+    }
+
+
 def read(state: OverlayState, query: Tensor) -> Tensor:
     """What ``query [B, L, H*key_dim]`` finds, ``[B, L, value_dim]``; nothing is written."""
     require_triton(query.device)
     with torch.cuda.device_of(query):
-        return _read_alone(state, query)
+        return _read_alone(state, query)[0]
 
 
-def _read_alone(state: OverlayState, query: Tensor) -> Tensor:
+def _read_alone(state: OverlayState, query: Tensor) -> tuple[Tensor, Addressed]:
     batch, tokens, _ = query.shape
-    plan = Plan([Step(0, tokens, own=0, new=tokens, pairs=0, first=0, first_pair=0, first_peek=0)], tokens)
-    at = address(state, query.contiguous(), plan)
+    step = Step(0, tokens, own=0, new=tokens, pairs=0, first=0, first_pair=0, first_peek=0)
+    at = address(state, query.contiguous(), Plan([step], tokens))
     row = state.row_of_slot[state.table_slots(at.slots)].flatten(2)
-    nothing = query.new_empty((batch, 0, state.value_shape[1]))
     out = query.new_empty((batch, tokens, state.value_shape[1]))
-    gate = query.new_ones((batch, tokens))
-    outputs = (out, nothing, nothing[..., 0], nothing.unsqueeze(2))
-    step = plan.steps[0]
+    nothing, no_gate = out[:, :0], query.new_empty((batch, tokens))  # no target has come
     _read(
         state,
         at,
@@ -157,11 +170,11 @@ def _read_alone(state: OverlayState, query: Tensor) -> Tensor:
         step,
         first_new=0,
         first_target=0,
-        outputs=outputs,
-        inputs=(nothing, gate),
+        outputs=(out, nothing, nothing[..., 0], nothing.unsqueeze(2)),
+        inputs=(nothing, no_gate),
         record=False,
     )
-    return out
+    return out, at
 
 
 def _read(

@@ -30,7 +30,7 @@ def group(state: OverlayState, at: Addressed, plan: Plan, mask: Tensor | None) -
     """Sort the written reads of a call by chunk, memory and slot, and claim a row for each slot."""
     settings = state.settings
     device = at.slots.device
-    if not plan.pairs and settings.boundary == "carry":  # as while one token after another is decoded
+    if not plan.pairs and settings.boundary == "carry":
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         none = at.weights.new_empty(0)
         return Groups(nothing, nothing.new_zeros(1), nothing, none, [0] * (len(plan.steps) + 1))
