@@ -31,7 +31,7 @@ RANK = [  # a module imports only from lines below its own
     {"comparing.sides"},
     {"spec", "measure.timing", "measure.memory", "measure.environment", "stats"},
     {"catalog", "measurement", "ranges"},
-    {"kernels.product_key_triton", "kernels.rows_triton"},
+    {"kernels.product_key_triton", "kernels.rows_triton", "kernels.subkey_gradients_triton"},
     {
         "errors",
         "kernels.phases",

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpretedFunction
 
 from fwpkm_bench.kernels import triton_support
 from fwpkm_bench.kernels.product_key_triton import nearest_subkeys
@@ -189,6 +192,48 @@ def test_backends_take_turns_on_one_state() -> None:
     assert_near(torch.cat(pieces, 1), whole.retrieved)
     for a, b in zip(state.flush().materialize(), whole.state.flush().materialize(), strict=True):
         assert_near(a, b)
+
+
+@torch.no_grad()
+def test_a_decoded_token_copies_none_before_it() -> None:
+    inputs = random_inputs(2, 9, 2, n=6)
+    tables = {n: inputs.pop(n) for n in ("keys", "values")}
+    state, places = None, []
+    for token in range(9):
+        piece = {n: t[:, token : token + 1] for n, t in inputs.items()}
+        state = fwpkm(**piece, **tables, topk=3, chunk_size=7, state=state, backend="triton").state
+        places.append([pending.data_ptr() for pending in state.pending()])
+    assert places[0] == places[5]  # the chunk is full with the next
+    assert state.pending_tokens == 2
+
+
+@torch.no_grad()
+def test_operators_of_a_decoded_token(monkeypatch) -> None:
+    """KERNELS.md has these numbers; what the interpreter does inside a kernel is not counted."""
+    inputs = random_inputs(1, 2, 1, n=6)
+    launched, counted = [], []
+    interpret = InterpretedFunction.run
+
+    def launch(kernel, *args, **kwargs):
+        launched.append(kernel.fn.__name__)
+        with _disable_current_modes():
+            return interpret(kernel, *args, **kwargs)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            counted.append(operator)
+            return operator(*args, **kwargs or {})
+
+    tables = {n: inputs.pop(n) for n in ("keys", "values")}
+    first, second = ({n: t[:, i : i + 1] for n, t in inputs.items()} for i in range(2))
+    kw = {"topk": 3, "chunk_size": 7, "backend": "triton"}
+    state = fwpkm(**first, **tables, **kw).state
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
+    with Count():
+        fwpkm(**second, **tables, **kw, state=state)
+    assert launched == ["nearest_subkeys_kernel", "product_kernel", "read_kernel"]
+    assert len(counted) <= 25
+    assert not [o for o in counted if o in (torch.ops.aten.cat.default, torch.ops.aten.clone.default)]
 
 
 def test_the_layer_trains_in_bfloat16() -> None:

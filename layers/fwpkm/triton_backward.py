@@ -13,14 +13,16 @@ from fwpkm_bench.kernels.phases import in_phase, phase
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum
 from fwpkm_bench.kernels.triton_support import power_of_two
 
-from .triton import FEW, SOME, TILE, Record, Step, key_step
-from .triton_backward_kernels import (
+from .triton import TILE, Record
+from .triton_address import FEW, SOME, key_step
+from .triton_key_gradient_kernels import (
     key_gradient_kernel,
     pull_gradient_kernel,
     query_gradient_kernel,
-    unread_kernel,
     usage_gradient_kernel,
 )
+from .triton_plan import Step
+from .triton_read_kernels import unread_kernel
 
 
 def backward(

@@ -18,34 +18,23 @@ from torch.func import functional_call
 from ..contract import Cost, detached, require_positive, tensor_bytes
 from ..fwpkm import FwPKM
 from . import AUTHORS_FILE, AUTHORS_PATH
-from .base import PeerLayer, check_batch
+from .base import FwPKMSizes, PeerLayer, check_batch
 
 PACKAGE = "_fwpkm_of_the_authors"
 GATES = 8  # outputs whose mean is the gate's logit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(FwPKMSizes):
     """The sizes of ``fwpkm``; theirs is one memory for all sequences of a batch, and it drops the pairs
     that cross a chunk's end (our ``scope="shared"`` and ``boundary="drop"``)."""
 
-    width: int = 512
-    key_dim: int = 512
-    value_dim: int = 512
-    n_subkeys: int = 512
     heads: int = 1
-    topk: int = 8
-    chunk_size: int = 512
     lookahead: int = 1
-    learning_rate: float = 1.0
-    addressing_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "width", "key_dim", "value_dim", "n_subkeys", "heads", "topk", "chunk_size")
-        if self.key_dim % 2:
-            raise ValueError(f"key_dim must be even (it is split into two halves), got {self.key_dim}")
-        if self.topk > self.n_subkeys:
-            raise ValueError(f"topk must be at most n_subkeys ({self.n_subkeys}), got {self.topk}")
+        super().__post_init__()
+        require_positive(self, "heads")
         if not 0 <= self.lookahead < self.chunk_size:
             raise ValueError(
                 f"lookahead must be from 0 to below chunk_size ({self.chunk_size}), got {self.lookahead}"

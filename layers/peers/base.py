@@ -1,11 +1,33 @@
 """What the adapters share."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..contract import SequenceLayer
+from ..contract import SequenceLayer, require_positive
 from . import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class FwPKMSizes:
+    """What ``fwpkm`` and its peers have in common."""
+
+    width: int = 512
+    key_dim: int = 512
+    value_dim: int = 512
+    n_subkeys: int = 512
+    topk: int = 8
+    chunk_size: int = 512
+    learning_rate: float = 1.0
+    addressing_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "width", "key_dim", "value_dim", "n_subkeys", "topk", "chunk_size")
+        if self.key_dim % 2:
+            raise ValueError(f"key_dim must be even (it is split into two halves), got {self.key_dim}")
+        if self.topk > self.n_subkeys:
+            raise ValueError(f"topk must be at most n_subkeys ({self.n_subkeys}), got {self.topk}")
 
 
 class PeerLayer(SequenceLayer):

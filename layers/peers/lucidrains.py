@@ -13,11 +13,11 @@ from ..contract import Cost, require_positive, tensor_bytes
 from ..fwpkm import FwPKM
 from ..pkm import ProductKeyMemory
 from ..pkm import State as PKMState
-from .base import PeerLayer, check_batch
+from .base import FwPKMSizes, PeerLayer, check_batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class FwPKMSettings:
+class FwPKMSettings(FwPKMSizes):
     """Sizes as those of ``fwpkm``, at one head, and two habits of theirs that are off for the comparison.
 
     Attributes:
@@ -25,23 +25,11 @@ class FwPKMSettings:
         boundary_embed: ask with a learned embedding in place of the last token of each chunk; theirs is on.
     """
 
-    width: int = 512
-    key_dim: int = 512
-    value_dim: int = 512
-    n_subkeys: int = 512
-    topk: int = 8
-    chunk_size: int = 512
-    learning_rate: float = 1.0
-    addressing_weight: float = 1.0
     key_loss_weight: float = 0.0
     boundary_embed: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(self, "width", "key_dim", "value_dim", "n_subkeys", "topk", "chunk_size")
-        if self.key_dim % 2:
-            raise ValueError(f"key_dim must be even (it is split into two halves), got {self.key_dim}")
-        if self.topk > self.n_subkeys:
-            raise ValueError(f"topk must be at most n_subkeys ({self.n_subkeys}), got {self.topk}")
+        super().__post_init__()
         if not self.addressing_weight > 0:
             raise ValueError(f"addressing_weight must be above 0, got {self.addressing_weight}")
 

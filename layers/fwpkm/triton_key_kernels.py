@@ -1,8 +1,6 @@
-"""The kernels of FwPKM that no other layer has: how the memory reads, and how its keys move.
+"""How FwPKM's keys move: the use of the sub-keys, and the step of the addressing loss (eq. 17).
 
-Shapes: B sequences, S memories (B, or fewer that sequences share), A tokens addressed in a call, L of them
-in a chunk, its own C last, the P first of which are written; H heads, k = top-k, R = H*k reads a token,
-n sub-keys per half of h features, d value features.
+Shapes: as in ``triton_read_kernels.py``.
 """
 
 import triton
@@ -11,97 +9,6 @@ import triton.language as tl
 from fwpkm_bench.kernels.triton_blocks import softmax_rows, spread
 
 LOG_EPSILON: tl.constexpr = tl.constexpr(1e-8)  # of the addressing loss
-
-
-@triton.jit(
-    do_not_specialize=[
-        "first",
-        "length",
-        "new",
-        "pairs",
-        "peeks",
-        "first_new",
-        "first_pair",
-        "first_peek",
-        "first_query",
-        "first_target",
-        "addressed",
-        "tokens",
-        "targets",
-        "queries",
-        "all_pairs",
-        "all_peeks",
-    ]
-)
-def read_kernel(
-    rows,
-    initial,
-    row,
-    slots,
-    weights,
-    target,
-    gate,
-    retrieved,
-    difference,
-    losses,
-    peeked,
-    first,
-    length,
-    new,
-    pairs,
-    peeks,
-    first_new,
-    first_pair,
-    first_peek,
-    first_query,
-    first_target,
-    addressed,
-    tokens,
-    targets,
-    queries,
-    all_pairs,
-    all_peeks,
-    reads,
-    features,
-    RECORD: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """``v_hat = sum_r w_r V[row_r]`` for one token; where its target came, ``v_hat - target`` and the loss.
-
-    ``row`` is of the overlay, or negative where the ``initial`` table is read.
-    """
-    token = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    read = tl.arange(0, BLOCK_R)
-    inside = read < reads
-    place = (sequence * addressed + first + token) * reads + read
-    at = tl.load(row + place, inside, -1).to(tl.int64)
-    slot = tl.load(slots + place, inside, 0)
-    weight = tl.load(weights + place, inside, 0.0)
-    kind = weights.dtype.element_ty
-    is_new, is_pair = token >= length - new, token < pairs
-    out = retrieved + (sequence * tokens + first_new + token - (length - new)) * features
-    wanted = target + (sequence * targets + first_target + token) * features
-    error = difference + (sequence * all_pairs + first_pair + token) * features
-    peek = peeked + ((sequence * all_peeks + first_peek + token - pairs) * reads + read)[:, None] * features
-    loss = tl.zeros([BLOCK_D], kind)
-    for start in range(0, features, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        valid = column < features
-        mask = inside[:, None] & valid[None, :]
-        theirs = tl.load(rows + at[:, None] * features + column[None, :], mask & (at >= 0)[:, None], 0.0)
-        ours = tl.load(initial + slot[:, None] * features + column[None, :], mask & (at < 0)[:, None], 0.0)
-        value = tl.where((at >= 0)[:, None], theirs, ours.to(kind))
-        v_hat = tl.sum(weight[:, None] * value, axis=0)
-        tl.store(out + column, v_hat, valid & is_new)
-        if RECORD:
-            tl.store(peek + column[None, :], value, mask & (token >= pairs))
-        gap = v_hat - tl.load(wanted + column, valid & is_pair, 0.0)
-        tl.store(error + column, gap, valid & is_pair)
-        loss += tl.where(valid & is_pair, gap * gap, 0.0)
-    share = tl.load(gate + sequence * queries + first_query + token)
-    tl.store(losses + sequence * all_pairs + first_pair + token, share * tl.sum(loss) / features, is_pair)
 
 
 @triton.jit
