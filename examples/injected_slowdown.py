@@ -4,7 +4,7 @@ In a clone of this checkout one layer's copy is made 15% slower (it waits, after
 time that the call took), and another copy wrong by 1%. Then each comparison runs many times, as a user would
 run it: the slower copy against the layer as it is must be called ``slower`` with exit code 1, the layer with
 itself ``same`` with exit code 0, and the wrong copy must end with exit code 3. The table that it writes has a
-row a repetition; the figures are of the machine that it runs on, in the state that it is in.
+row a comparison; the figures are of the machine that it runs on, in the state that it is in.
 """
 
 import argparse
@@ -54,7 +54,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layer", default="linear")
     parser.add_argument("--seq", default="4k")
-    parser.add_argument("--mode", default="prefill")
+    parser.add_argument(
+        "--mode", default="prefill", choices=("prefill", "decode")
+    )  # the waiting is forward's
     parser.add_argument("--slowdown", type=float, default=0.15)
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--budget", default="30s")
@@ -83,8 +85,9 @@ def make_branches(clone: Path, layer: str, share: float) -> None:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     file = clone / "layers" / layer / "__init__.py"
     text = file.read_text()
+    git(clone, "switch", "--quiet", "--create", "base")
     for name, added in (("slow", SLOW.format(share=share)), ("same", "\n# as it was\n"), ("wrong", WRONG)):
-        git(clone, "switch", "--quiet", "--create", name, "origin/HEAD")
+        git(clone, "switch", "--quiet", "--create", name, "base")
         file.write_text(text + added)
         git(clone, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "-am", name)
 
@@ -95,11 +98,13 @@ def git(clone: Path, *arguments: str) -> None:
 
 def once(clone: Path, head: str, arguments: tuple[str, ...], out: Path) -> dict[str, object]:
     """One comparison, by the tool of this checkout."""
-    command = [sys.executable, str(ROOT / "bench.py"), "compare", "origin/HEAD", head]
+    command = [sys.executable, str(ROOT / "bench.py"), "compare", "base", head]
     started = time.monotonic()
     ended = subprocess.run(
         [*command, *arguments, "--out", str(out)], cwd=clone, capture_output=True, text=True
     )
+    if not (out / "compare.csv").exists():
+        sys.exit(ended.stderr)
     (row,) = pd.read_csv(out / "compare.csv").to_dict("records")
     verdict = row["verdict"] if isinstance(row["verdict"], str) else None
     return {

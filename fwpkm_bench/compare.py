@@ -11,19 +11,31 @@ from typing import Any
 import numpy as np
 
 from fwpkm_bench.comparing import verdicts
-from fwpkm_bench.comparing.duel import Fought, fight
+from fwpkm_bench.comparing.duel import Fought, Rules, fight
 from fwpkm_bench.comparing.gate import Checked, Gate, compare_outputs
 from fwpkm_bench.comparing.remote import Remote, SideError
 from fwpkm_bench.comparing.sides import Side
 from fwpkm_bench.comparing.verdicts import Speed, Turn
 from fwpkm_bench.ranges import format_length
 
-INTERRUPTED = "interrupted"
+INTERRUPTED, FAILED = "interrupted", "failed"
 PROFILE_S = 10.0  # a side
 WORSE = {"verdict": "slower", "memory": "more", "recall": "lower"}
 NOTHING_WORSE, REGRESSED, WRONG, NOT_MEASURED = 0, 1, 3, 4  # exit codes; 2 is usage
 COLUMNS = [
-    *("layer", "mode", "seq", "batch", "dtype", "device", "backend_a", "backend_b", "status", "reason"),
+    *(
+        "layer",
+        "settings",
+        "mode",
+        "seq",
+        "batch",
+        "dtype",
+        "device",
+        "backend_a",
+        "backend_b",
+        "status",
+        "reason",
+    ),
     *("results", "worst_error", "verdict", "time_ratio", "time_ratio_lo", "time_ratio_hi", "p_value"),
     *("noise_lo", "noise_hi", "tokens_per_s_a", "tokens_per_s_b", "invocations", "rounds"),
     *("memory", "peak_memory_bytes_a", "peak_memory_bytes_b", "state_bytes_a", "state_bytes_b"),
@@ -38,9 +50,7 @@ class Plan:
     a: Side
     b: Side
     requests: list[dict[str, Any]]
-    threshold: float = 0.05
-    budget_s: float = 60.0  # of timing, a case
-    timeout_s: float = 900.0
+    rules: Rules  # the budget is that of a case
     seed: int = 0
     profile: bool = False  # both sides of what got slower
 
@@ -62,7 +72,7 @@ class Compared:
             return WRONG
         if any(row.get(name) == worse for row in self.rows for name, worse in WORSE.items()):
             return REGRESSED
-        if not self.rows or any(row["status"] != "ok" for row in self.rows):
+        if not self.rows or any(row["status"] != "ok" or row["recall"] == FAILED for row in self.rows):
             return NOT_MEASURED
         return NOTHING_WORSE
 
@@ -97,36 +107,44 @@ def compare(plan: Plan, say: Callable[[str], None]) -> Compared:
         _compare(plan, say, found)
     except KeyboardInterrupt:
         for row in found.rows[-1:]:
-            row |= {"status": INTERRUPTED, "reason": "interrupted"}
+            row |= {"status": INTERRUPTED, "reason": "interrupted; what came before is whole"}
     return found
 
 
 def _compare(plan: Plan, say: Callable[[str], None], found: Compared) -> None:
     recalls: dict[Any, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="fwpkm-bench-") as temporary:
-        gate = Gate(plan.a, Path(temporary), plan.timeout_s)
+        gate = Gate(plan.a, Path(temporary), plan.rules.timeout_s)
         for request in plan.requests:
             row = _row(request)
             found.rows.append(row)
             name = label(request)
             try:
                 say(f"{name}: are the results right?")
-                _judge_results(row, gate, plan, request, found)
-                if row["results"] == "wrong":
-                    say(f"{name}: wrong, by {row['worst_error']:.1e}; not timed")
-                    continue
-                _judge_speed(row, plan, request, found, Path(temporary), say)
+                for side in (plan.a, plan.b):
+                    _note_checks(row, gate.check(name, side, request, plan.seed), found)
                 if row["results"] == "right":
-                    key = (request["layers"], request["seq"])
-                    if key not in recalls:
-                        recalls[key] = _recall(plan, request)
-                    row |= recalls[key]
+                    _judge_speed(row, plan, request, found, Path(temporary), say)
+                if row["results"] == "wrong":
+                    say(f"{name}: wrong; there is no speed to it")
+                    continue
+                key = tuple(request[of] for of in ("layers", "seq", "dtype"))
+                if key not in recalls:
+                    recalls[key] = _recall(plan, request)
+                _note(row, recalls[key])
                 if plan.profile and row["verdict"] == "slower":
                     say(f"{name}: which phase?")
                     found.phases += phases_of(plan, request)
             except SideError as error:
-                row |= {"status": error.status, "reason": str(error)}
-                say(f"{name}: could not be measured: {error}")
+                timed = row["verdict"] is not None  # then the profile failed, which takes nothing from it
+                _note(row, {"reason": str(error)} | ({} if timed else {"status": error.status}))
+                say(f"{name}: could not be {'profiled' if timed else 'measured'}: {error}")
+
+
+def _note(row: dict[str, Any], columns: dict[str, Any]) -> None:
+    """Add ``columns``; a reason comes after one that is there."""
+    reasons = [reason for reason in (row["reason"], columns.get("reason")) if reason]
+    row |= columns | {"reason": "; ".join(reasons)}
 
 
 def _row(request: dict[str, Any]) -> dict[str, Any]:
@@ -136,26 +154,28 @@ def _row(request: dict[str, Any]) -> dict[str, Any]:
     return row | {"device": request["device"], "status": "ok", "reason": ""}
 
 
-def _judge_results(
-    row: dict[str, Any], gate: Gate, plan: Plan, request: dict[str, Any], found: Compared
-) -> None:
-    for side in (plan.a, plan.b):
-        _note_checks(row, gate.check(label(request), side, request, plan.seed), found)
-
-
 def _note_checks(row: dict[str, Any], checks: list[Checked], found: Compared) -> None:
     """Add ``checks``, and say in ``row`` by how much the worst is off: of those that miss, or of all."""
     found.checks += checks
     wrong = [c for c in checks if not c.right]
-    row["results"] = "wrong" if wrong or row["results"] == "wrong" else "right"
-    worst = max((c.error for c in wrong or checks), default=0.0)
-    row["worst_error"] = max(worst, row["worst_error"] or 0.0)
-    if wrong and not row["reason"]:
-        first = wrong[0]
-        row["reason"] = (
-            f"side {first.side}: {first.what} is off by {first.error:.1e} from {first.against}, "
-            f"allowed {first.allowed:.1e}"
-        )
+    worst = max((c.error for c in wrong or checks), key=lambda e: float("inf") if e != e else e)
+    if wrong or row["results"] is None:
+        row["worst_error"] = worst
+    elif row["results"] == "right":
+        row["worst_error"] = max(worst, row["worst_error"])
+    if wrong and row["results"] != "wrong":
+        _note(row, {"results": "wrong", "reason": _said_of(wrong[0])})
+    elif row["results"] is None:
+        row["results"] = "right"
+
+
+def _said_of(wrong: Checked) -> str:
+    if wrong.error == float("inf"):
+        return f"side {wrong.side} has no {wrong.what}, or of another shape, where {wrong.against} has it"
+    return (
+        f"side {wrong.side}: {wrong.what} is off by {wrong.error:.1e} from {wrong.against}, "
+        f"allowed {wrong.allowed:.1e}"
+    )
 
 
 def _judge_speed(
@@ -167,40 +187,33 @@ def _judge_speed(
     say: Callable[[str], None],
 ) -> None:
     name = label(request)
-    outputs = folder / "outputs-a", folder / "outputs-b"
+    outputs = {side: folder / f"outputs-{side[-1]}" for side in ("A", "B", verdicts.AGAIN)}
+    fought = Fought()
 
-    def check(fought: Fought) -> bool:
+    def check() -> bool:
         a, b = (fought.starts[side][0] for side in ("A", "B"))
         row.update(backend_a=a["backend"], backend_b=b["backend"])
-        if a["settings"] != b["settings"]:
+        shared = a["settings"].keys() & b["settings"].keys()
+        if any(a["settings"][key] != b["settings"][key] for key in shared):
             return True  # their outputs differ by intention
         if a["parameters"] != b["parameters"]:
-            row["reason"] = "the sides draw other parameters, so their outputs as timed were not compared"
+            _note(row, {"reason": "the sides draw other parameters: outputs as timed were not compared"})
             return True
-        (dtype,) = request["dtype"]
-        _note_checks(row, compare_outputs(name, plan.a, plan.b, outputs, dtype), found)
+        (dtype,), (mode,) = request["dtype"], request["modes"]
+        files = outputs["A"], outputs["B"]
+        _note_checks(row, compare_outputs(name, plan.a, plan.b, files, dtype, mode), found)
         return row["results"] == "right"
 
     def show(invocation: int, said: Speed) -> None:
         say(f"{name}: {invocation} x 3 processes, B/A {ratio_text(said.time)}")
 
-    fought = fight(
-        plan.a,
-        plan.b,
-        request,
-        outputs=outputs,
-        budget_s=plan.budget_s,
-        threshold=plan.threshold,
-        timeout_s=plan.timeout_s,
-        check=check,
-        show=show,
-    )
-    if row["results"] == "wrong":
-        say(f"{name}: wrong, by {row['worst_error']:.1e}; not timed")
-        return
-    found.turns += [(name, turn) for turn in fought.turns]
-    row |= _speed_columns(fought, plan.threshold)
-    row |= _memory_columns(fought, plan.threshold, request["device"])
+    try:
+        fight(fought, plan.a, plan.b, request, plan.rules, outputs=outputs, check=check, show=show)
+    finally:
+        found.turns += [(name, turn) for turn in fought.turns]
+    if row["results"] == "right":
+        _note(row, _speed_columns(fought, plan.rules.threshold))
+        _note(row, _memory_columns(fought, plan.rules.threshold, request["device"]))
 
 
 def _speed_columns(fought: Fought, threshold: float) -> dict[str, Any]:
@@ -242,33 +255,36 @@ def memory_verdict(
 ) -> str:
     """Of peak memory and of state together: ``more`` where either is."""
     said = {
-        verdicts.memory(peaks_a, peaks_b, threshold, device),
-        verdicts.memory([state_a], [state_b], threshold, "exact"),
+        verdicts.memory(peaks_a, peaks_b, threshold, resident=device == "cpu"),
+        verdicts.memory([state_a], [state_b], threshold, resident=False),
     }
     return next((verdict for verdict in ("more", "less", "ambiguous") if verdict in said), "same")
 
 
 def _recall(plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
     """The recall of both sides' memories at the length of ``request``; empty for a layer without one."""
-    found = {}
+    found, failed = {}, {}
     for side in (plan.a, plan.b):
-        with Remote(side, request, plan.timeout_s) as remote:
-            try:
+        try:
+            with Remote(side, request, plan.rules.timeout_s) as remote:
                 found[side.name] = remote.call("recall")
-            except SideError as error:
-                if error.status != "unsupported":
-                    raise
-                return {}
-    a, b = found["A"], found["B"]
-    said = verdicts.recall((a["right"], a["queries"]), (b["right"], b["queries"]))
-    return {"recall": said, "recall_a": a["recall"], "recall_b": b["recall"]}
+        except SideError as error:
+            failed[side.name] = error
+    if not failed:
+        a, b = found["A"], found["B"]
+        said = verdicts.recall((a["right"], a["queries"]), (b["right"], b["queries"]), plan.rules.threshold)
+        return {"recall": said, "recall_a": a["recall"], "recall_b": b["recall"]}
+    if len(failed) == 2 and {error.status for error in failed.values()} == {"unsupported"}:
+        return {}
+    reason = "; ".join(f"recall could not be measured: {error}" for error in failed.values())
+    return {"recall": FAILED, "reason": reason}
 
 
 def phases_of(plan: Plan, request: dict[str, Any]) -> list[dict[str, Any]]:
     """The phases of both sides, the one that lost the most time first."""
     sides = {}
     for side in (plan.a, plan.b):
-        with Remote(side, request | {"budget_s": PROFILE_S}, plan.timeout_s) as remote:
+        with Remote(side, request | {"budget_s": PROFILE_S}, plan.rules.timeout_s) as remote:
             sides[side.name] = {row["phase"]: row for row in remote.call("phases")}
     a, b = sides["A"], sides["B"]
     rows = []
@@ -290,14 +306,17 @@ def summed_up(found: Compared) -> str:
     """One line: how many cases came out how."""
     said = {
         "verdict": {v: v for v in ("slower", "faster", "same", "ambiguous")},
-        "memory": {"more": "with more memory", "less": "with less memory"},
-        "recall": {"lower": "with lower recall", "higher": "with higher recall"},
+        "memory": {v: f"with {v} memory" for v in ("more", "less", "ambiguous")},
+        "recall": {"lower": "with lower recall", "higher": "with higher recall", FAILED: "without recall"},
         "results": {"wrong": "wrong"},
     }
     parts = []
     for column, texts in said.items():
         counts = Counter(row[column] for row in found.rows)
         parts += [f"{counts[value]} {text}" for value, text in texts.items() if counts[value]]
-    if failed := sum(row["status"] != "ok" for row in found.rows):
+    if failed := sum(row["status"] not in ("ok", INTERRUPTED) for row in found.rows):
         parts.append(f"{failed} not measured")
-    return f"{len(found.rows)} {'case' if len(found.rows) == 1 else 'cases'}: {', '.join(parts)}"
+    if any(row["status"] == INTERRUPTED for row in found.rows):
+        parts.append("interrupted")
+    cases = f"{len(found.rows)} {'case' if len(found.rows) == 1 else 'cases'}"
+    return f"{cases}: {', '.join(parts) or 'nothing worse'}"

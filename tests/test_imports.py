@@ -18,6 +18,7 @@ RANK = [  # a module imports only from lines below its own
     {"comparing.duel", "comparing.gate"},
     {"comparing.remote"},
     {"comparing.bench", "comparing.verdicts", "display", "report"},
+    {"comparing.place"},
     {"run", "plot", "verify"},
     {"palette"},
     {"parity", "executors.local", "tables"},

@@ -1,47 +1,43 @@
-"""What one side does, in a process of its own, when it is told to.
-
-The process is forked from a server that has torch and this tool imported; then the side's own copy of the
-layers and their kernels is put before the tool's.
-"""
+"""What one side does, in a process of its own, when it is told to."""
 
 import dataclasses
-import importlib
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-import fwpkm_bench
 from fwpkm_bench import parity, spec, worker
+from fwpkm_bench.comparing.place import Place, lend
+from fwpkm_bench.errors import UsageError
 from fwpkm_bench.measure.memory import PeakMemory, keep_freed_memory
 from fwpkm_bench.measure.timing import sampler
+from fwpkm_bench.measurement import UnsupportedError
 from fwpkm_bench.spec import Case, Sweep
 from fwpkm_bench.workloads import recall, throughput
 
-TOOL = Path(fwpkm_bench.__file__).parent
 SETTLING_S = 1.0  # of calls before the first that counts
+AFTER = 64  # tokens read on with the state that a first call left
 
 
-def serve(package: str | None, root: str | None, request: dict[str, Any], connection: Connection) -> None:
+def serve(place: Place, request: dict[str, Any], connection: Connection) -> None:
     """Answer ``(method, arguments)`` of a `Bench` until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     asked: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
     try:
-        if root is not None:
-            os.chdir(root)
-        if package is not None:
-            enter(package)
-        bench = Bench(request)
+        place.enter()
+        bench = Bench(place, request)
         connection.send({"status": "ok"})
+    except UsageError as error:
+        connection.send({"status": "usage", "reason": str(error)})
+        return
     except Exception as error:  # noqa: BLE001 - a side that fails is a result
         connection.send(worker.failure(error))
         return
@@ -51,19 +47,6 @@ def serve(package: str | None, root: str | None, request: dict[str, Any], connec
             connection.send({"status": "ok", "result": getattr(bench, method)(**arguments)})
         except Exception as error:  # noqa: BLE001 - a side that fails is a result
             connection.send(worker.failure(error))
-
-
-def enter(package: str) -> None:
-    """From now on ``fwpkm_bench.layers`` and ``fwpkm_bench.kernels`` are those of the folder ``package``."""
-    for part in ("layers", "kernels"):
-        own = f"fwpkm_bench.{part}"
-        for name in [n for n in sys.modules if n == own or n.startswith(f"{own}.")]:
-            del sys.modules[name]
-        if hasattr(fwpkm_bench, part):
-            delattr(fwpkm_bench, part)
-    fwpkm_bench.__path__.insert(0, package)
-    kernels = importlib.import_module("fwpkm_bench.kernels")
-    kernels.__path__.append(str(TOOL / "kernels"))  # what the tool itself needs and an older side lacks
 
 
 def _listen(connection: Connection, asked: queue.Queue[Any]) -> None:
@@ -78,9 +61,12 @@ class Bench:
     """One side of one case. ``request`` has the fields of a `Sweep` that comes to that case; the settings are
     resolved here, with the side's own defaults."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, place: Place, request: dict[str, Any]) -> None:
         self.request = request
+        (layer,) = request["layers"]
+        place.check(layer)
         self.case = self.resolve("throughput")
+        place.check(layer)  # what it imported
         if self.case.device == "cpu":
             worker.limit_memory()
 
@@ -88,27 +74,29 @@ class Bench:
         """The case of ``workload``."""
         return spec.cases(Sweep(**self.request, workloads=(workload,)))[0]
 
-    def resolved(self) -> dict[str, Any]:
-        """The backend and the settings that run."""
-        return {"backend": self.case.backend, "settings": self.case.layer_settings}
-
-    def outcome(self, into: str, parameters: str, *, dtype: str, device: str, seed: int, draw: bool) -> None:
+    def outcome(
+        self, into: str, parameters: str, *, dtype: str, device: str, seed: int, draw: bool
+    ) -> dict[str, Any]:
         """Write output, state and gradients on random inputs, at a small size, to the file ``into``.
 
         ``draw``: draw the parameters and write them to the file ``parameters``; else read them from there.
+        Where ``dtype`` is empty it is float32, or bfloat16 for a backend that computes in nothing wider.
         """
         settings = shrunk(self.case.layer_settings)
         layer = throughput.build_layer(dataclasses.replace(self.case, layer_settings=settings, seed=seed))
+        half = self.case.backend in layer.half_backends
+        dtype = dtype or ("bfloat16" if half else "float32")
         if draw:
             save_file(layer.state_dict(), parameters)
         else:
-            layer.load_state_dict(load_file(parameters))
+            _load(layer, load_file(parameters))
         kind = getattr(torch, dtype)
         found = parity.outcome(layer.to(device, kind), device, kind, seed)
         save_file({name: tensor.double().cpu().contiguous() for name, tensor in found.items()}, into)
+        return {"exact": not half and self.case.backend != "fla"}  # fla-core computes in tf32
 
     def start(self, into: str) -> dict[str, Any]:
-        """Build the case and run it until it has settled; the outputs of the first call go to ``into``."""
+        """Build the case and run it until it has settled; the first call's results go to ``into``."""
         case = self.case
         dtype = getattr(torch, case.dtype)
         layer = throughput.build_layer(case).to(device=case.device, dtype=dtype)
@@ -122,14 +110,15 @@ class Bench:
         keep_freed_memory(case.device)
         self.mode.inspect(result)
         if into:
-            self._write(result, into)
+            save_file(self._outputs(layer, result), into)
         del result
         started = time.perf_counter()
         milliseconds = first_ms
         while first_ms < 1e3 * SETTLING_S and time.perf_counter() - started < SETTLING_S:
             milliseconds, _ = self._call()
         return {
-            **self.resolved(),
+            "backend": case.backend,
+            "settings": case.layer_settings,
             "peak_memory_bytes": peak,
             "state_bytes": self.mode.state_bytes,
             "call_ms": milliseconds,
@@ -147,6 +136,7 @@ class Bench:
 
     def phases(self) -> list[dict[str, Any]]:
         """A row a phase of the case; a side without named ranges has one, ``other``."""
+        lend("phases")
         from fwpkm_bench.profiling.phases import measure_phases  # listens to the side's own kernels
 
         return measure_phases(self.case).rows
@@ -157,12 +147,29 @@ class Bench:
         self.index += 1
         return found
 
-    def _write(self, result: Any, into: str) -> None:
-        outputs = result if isinstance(result, list) else [result[0]]
-        found = {"output": torch.cat(outputs, 1).detach().float().cpu().contiguous()}
+    def _outputs(self, layer: Any, result: Any) -> dict[str, Tensor]:
+        """Outputs, what the state makes of some more tokens, and the gradient of the input."""
+        if isinstance(result, list):  # of decoded tokens
+            found = {"output": torch.cat(result, 1)}
+        else:
+            more = self.mode.inputs[-1][:, :AFTER].detach()
+            with torch.no_grad():
+                found = {"output": result[0], "output after": layer(more, result[1].detach())[0]}
         if (gradient := self.mode.inputs[0].grad) is not None:
-            found["gradient: x"] = gradient.float().cpu().contiguous()
-        save_file(found, into)
+            found["gradient: x"] = gradient
+        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in found.items()}
+
+
+def _load(layer: Any, parameters: dict[str, Tensor]) -> None:
+    """Raises `UnsupportedError` where the names or shapes of the parameters are others."""
+    mine = {name: list(tensor.shape) for name, tensor in layer.state_dict().items()}
+    given = {name: list(tensor.shape) for name, tensor in parameters.items()}
+    if mine != given:
+        others = sorted(name for name in mine.keys() | given.keys() if mine.get(name) != given.get(name))
+        raise UnsupportedError(
+            f"its parameters are not those of side A, so results cannot be compared: {', '.join(others)}"
+        )
+    layer.load_state_dict(parameters)
 
 
 def shrunk(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ import click
 from fwpkm_bench import catalog, spec
 from fwpkm_bench.compare import NOTHING_WORSE, Compared, Plan, compare, requests, summed_up
 from fwpkm_bench.comparing import results
-from fwpkm_bench.comparing.runs import compare_runs, differences
+from fwpkm_bench.comparing.duel import Rules
+from fwpkm_bench.comparing.remote import USAGE, Remote, SideError
+from fwpkm_bench.comparing.runs import compare_runs, differences, unmatched
 from fwpkm_bench.comparing.sides import Side, changed_layers, export, find_repository
-from fwpkm_bench.errors import UsageError
+from fwpkm_bench.errors import UsageError, choose
 from fwpkm_bench.measure.environment import describe
 from fwpkm_bench.run import check_device
 from fwpkm_bench.spec import Sweep
 from fwpkm_bench.store import RUN
 
+LONGEST_NAME = 80
 HARMLESS = re.compile(r"[^A-Za-z0-9._+-]+")
 
 
@@ -69,11 +72,13 @@ def run_folder(name: str) -> Path | None:
 
 
 def _runs(a: Path, b: Path, options: Options) -> int:
-    if options.a or options.b or options.layers:
-        raise UsageError("two run folders are compared as they are; --a, --b and --layers choose what to run")
+    if options.a or options.b or options.layers or options.settings or options.profile:
+        raise UsageError("two run folders are compared as they are; only --threshold and --out apply")
     found = compare_runs(a, b, options.threshold)
     warnings = ["Measured apart: a drift of the machine between the two runs is not excluded."]
     warnings += [f"Different {line}" for line in differences(a, b)]
+    if left_out := unmatched(a, b):
+        warnings.append(f"{left_out} cases are in one of the two runs alone.")
     out = _out(options, str(a), str(b))
     results.prepare(out)
     return _deliver(found, out, options, ({"label": str(a)}, {"label": str(b)}), warnings)
@@ -97,10 +102,11 @@ def _sides(base: str | None, head: str | None, options: Options) -> int:
         if not layers:
             click.echo("no file of a layer differs between the two; name --layers to compare all the same")
             return NOTHING_WORSE
-        a = _with_changes(a, options.a, options, layers)
-        b = _with_changes(b, options.b, options, layers)
+        if a.repository is not None:
+            layers = tuple(_from_root(layer, a.repository) for layer in layers)
+        a, b = _with_changes(a, options.a, options), _with_changes(b, options.b, options)
         asked = requests(
-            _relative(layers, base),
+            layers,
             options.modes,
             options.seq,
             options.batch,
@@ -111,19 +117,33 @@ def _sides(base: str | None, head: str | None, options: Options) -> int:
             seeds=(options.seed,),
         )
         out = _out(options, a.label, b.label)
+        _refuse_what_no_side_has(a, b, asked, options)
         results.prepare(out)
-        plan = Plan(
-            a,
-            b,
-            asked,
-            threshold=options.threshold,
-            budget_s=options.budget_s,
-            timeout_s=options.timeout_s,
-            seed=options.seed,
-            profile=options.profile,
-        )
+        rules = Rules(options.threshold, options.budget_s, options.timeout_s)
+        plan = Plan(a, b, asked, rules, options.seed, options.profile)
         found = compare(plan, lambda line: click.echo(line, err=True))
         return _deliver(found, out, options, (a.describe(), b.describe()), [])
+
+
+def _refuse_what_no_side_has(a: Side, b: Side, asked: list[dict[str, Any]], options: Options) -> None:
+    """What one side lacks is a result; what both lack, or was asked of that side by name, a mistake."""
+    Sweep(device=options.device, size=options.size, seq=options.seq, batch=options.batch, dtype=options.dtype)
+    modes = catalog.load_workload("throughput").MODES
+    for mode in options.modes:
+        choose("mode", mode, modes)
+    first = {request["layers"]: request for request in reversed(asked)}
+    for request in first.values():
+        refused = []
+        for side in (a, b):
+            try:
+                Remote(side, request, options.timeout_s).stop()
+            except SideError as error:
+                if error.status == USAGE:
+                    refused.append(error.reason)
+                if error.status == USAGE and (options.a if side is a else options.b):
+                    raise UsageError(error.reason) from None
+        if len(refused) == 2:
+            raise UsageError(refused[0])
 
 
 def _said(changes: tuple[str, ...]) -> str:
@@ -141,54 +161,39 @@ def _layers_to_compare(a: Side, b: Side, options: Options) -> tuple[str, ...]:
     return tuple(changed_layers(a, b, catalog.layer_names()))
 
 
-def _with_changes(side: Side, changes: tuple[str, ...], options: Options, layers: tuple[str, ...]) -> Side:
-    """``side`` with ``backend=...`` and ``layer.setting=...``; checked against the layers at hand."""
+def _with_changes(side: Side, changes: tuple[str, ...], options: Options) -> Side:
+    """``side`` with ``backend=...`` and ``layer.setting=...``, each of one value."""
     backends = [text.partition("=")[2] for text in changes if text.startswith("backend=")]
+    if len(backends) > 1 or len(options.backend) != 1:
+        raise UsageError("a side has one backend; compare two with --a backend=NAME --b backend=NAME")
     settings = spec.parse_settings(options.settings)
     settings |= spec.parse_settings(text for text in changes if not text.startswith("backend="))
     for name, values in settings.items():
         if len(values) != 1:
             raise UsageError(f"{name} has {len(values)} values; a side has one")
-    backend = backends[-1] if backends else None
-    spec.cases(  # refuses what no layer has
-        Sweep(
-            layers=layers,
-            modes=options.modes,
-            seq=options.seq,
-            batch=options.batch,
-            dtype=options.dtype,
-            device=options.device,
-            size=options.size,
-            backend=(backend,) if backend else options.backend,
-            workloads=("throughput",),
-            settings=settings,
-        )
-    )
     label = side.label
     if side.root is not None and changes:
         label += f" with {' '.join(changes)}"
-    return Side(side.name, label, side.root, side.package, side.commit, side.dirty, backend, settings)
+    if side.repository is not None:
+        parts = ((*full.rpartition("."), values) for full, values in settings.items())
+        settings = {f"{_from_root(owner, side.repository)}.{name}": v for owner, _, name, v in parts}
+    return replace(side, label=label, backend=backends[0] if backends else None, settings=settings)
 
 
-def _relative(layers: tuple[str, ...], base: str | None) -> tuple[str, ...]:
-    """Files as seen from the repository, where each side has its own copy."""
-    if base is None:
-        return layers
-    root = find_repository()
-    found = []
-    for name in layers:
-        path, colon, rest = name.rpartition(":")
-        full = Path(path).resolve()
-        inside = catalog.is_file(name) and full.is_relative_to(root)
-        found.append(f"{full.relative_to(root)}{colon}{rest}" if inside else name)
-    return tuple(found)
+def _from_root(layer: str, repository: Path) -> str:
+    """A layer's file as seen from the repository, where each side has its own copy; absolute outside."""
+    if not catalog.is_file(layer):
+        return layer
+    path, colon, rest = layer.rpartition(":")
+    full = Path(path).resolve()
+    return f"{full.relative_to(repository) if full.is_relative_to(repository) else full}{colon}{rest}"
 
 
 def _out(options: Options, a: str, b: str) -> Path:
     if options.out is not None:
         return options.out
-    names = (HARMLESS.sub("-", label).strip("-") for label in (a, b))
-    return Path("results") / "compare" / "--".join(names)[:120]
+    names = (HARMLESS.sub("-", label).strip("-")[:LONGEST_NAME] for label in (a, b))
+    return Path("results") / "compare" / "--".join(names)
 
 
 def _deliver(
@@ -212,7 +217,7 @@ def _deliver(
     results.print_table(found)
     for warning in warnings:
         click.echo(warning)
-    click.echo(f"tables   {out / 'compare.csv'}, checks.csv, turns.csv")
+    click.echo(f"tables   {', '.join(sorted(str(path) for path in out.glob('*.csv')))}")
     click.echo(f"report   {out / 'compare.md'}")
     click.echo(summed_up(found))
     return found.exit_code

@@ -19,41 +19,46 @@ from fwpkm_bench.comparing.verdicts import AGAIN, LEAST_INVOCATIONS, Speed, Turn
 
 TURN_S = 0.1  # a turn is as many calls as this takes, and counts as their median
 MOST_CALLS = 100
-LEAST_ROUNDS, MOST_ROUNDS = 3, 12  # of an invocation
+MOST_ROUNDS = 12  # of an invocation
 TIGHT = 0.5  # of the threshold: an interval that narrow ends the duel
-SECONDS = 1e-3  # a millisecond
 
 
 @dataclass
 class Fought:
-    """What a duel gave."""
+    """What a duel gave, so far as it came."""
 
     turns: list[Turn] = field(default_factory=list)
     starts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by side, what `Bench.start` said
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Of a duel: it ends when the interval is narrow against ``threshold``, or ``budget_s`` is spent."""
+
+    threshold: float = 0.05
+    budget_s: float = 60.0
+    timeout_s: float = 900.0
+
+
 def fight(
+    fought: Fought,
     a: Side,
     b: Side,
     request: dict[str, Any],
+    rules: Rules,
     *,
-    outputs: tuple[Path, Path],
-    budget_s: float,
-    threshold: float,
-    timeout_s: float,
-    check: Callable[[Fought], bool],
+    outputs: dict[str, Path],
+    check: Callable[[], bool],
     show: Callable[[int, Speed], None],
-) -> Fought:
-    """Time both sides until the interval is tight or ``budget_s`` is spent; the first calls' outputs go to
-    the files ``outputs``. ``check`` looks at the first invocation before anything is timed, and may end it.
+) -> None:
+    """Time both sides, adding to ``fought``; the first calls' outputs go to the files ``outputs``. ``check``
+    looks at the first invocation before anything is timed, and may end it.
 
     Raises:
-        SideError: a side fails.
+        SideError: a side fails; ``fought`` has what came before.
     """
-    fought = Fought()
     sides = {"A": a, "B": b, AGAIN: a}
-    files = {"A": str(outputs[0]), "B": str(outputs[1])}
     chance = random.Random(0)
     began = time.monotonic()
     invocation = 0
@@ -62,43 +67,45 @@ def fight(
         with ExitStack() as stack:
             remotes: dict[str, Remote] = {}
             for name in chance.sample(list(sides), len(sides)):
-                remotes[name] = stack.enter_context(Remote(sides[name], request, timeout_s))
-                into = "" if invocation else files.get(name, "")
+                remotes[name] = stack.enter_context(Remote(sides[name], request, rules.timeout_s))
+                into = "" if invocation else str(outputs[name])
                 fought.starts.setdefault(name, []).append(remotes[name].call("start", into=into))
-            if invocation == 0 and not check(fought):
-                break
+            if invocation == 0 and not check():
+                return
             setup_s = time.monotonic() - started
-            left_s = budget_s - (time.monotonic() - began)
-            _rounds(fought, invocation, remotes, chance, setup_s=setup_s, left_s=left_s)
+            left_s = rules.budget_s - (time.monotonic() - began)
+            missing = max(1, LEAST_INVOCATIONS - invocation)  # this one and those that must follow
+            affordable_s = (left_s - (missing - 1) * setup_s) / missing
+            _rounds(fought.turns, invocation, remotes, _call_s(fought), chance, min(setup_s, affordable_s))
         invocation += 1
         fought.seconds = time.monotonic() - began
-        said = speed(fought.turns, threshold)
+        said = speed(fought.turns, rules.threshold)
         show(invocation, said)
-        tight = max(said.time.spread, said.noise.spread) < TIGHT * threshold
+        tight = max(said.time.spread, said.noise.spread) < TIGHT * rules.threshold
         if invocation >= LEAST_INVOCATIONS and tight:
-            break
-        if fought.seconds + fought.seconds / invocation > budget_s:
-            break
-    return fought
+            return
+        if fought.seconds + fought.seconds / invocation > rules.budget_s:
+            return
+
+
+def _call_s(fought: Fought) -> float:
+    """What the slowest side takes for a call."""
+    return max(starts[-1]["call_ms"] for starts in fought.starts.values()) / 1e3
 
 
 def _rounds(
-    fought: Fought,
+    turns: list[Turn],
     invocation: int,
     remotes: dict[str, Remote],
+    call_s: float,
     chance: random.Random,
-    *,
-    setup_s: float,
-    left_s: float,
+    seconds: float,
 ) -> None:
-    """Rounds for about as long as it took to set up, in a new order each, there and back."""
-    call_s = max(starts[-1]["call_ms"] for starts in fought.starts.values()) * SECONDS
+    """Rounds for about ``seconds``, but one at least, in a new order each, there and back."""
     calls = max(1, min(MOST_CALLS, math.ceil(TURN_S / call_s)))
     round_s = 2 * len(remotes) * calls * call_s
-    wanted = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(setup_s / round_s)))
-    affordable = max(1, int(left_s / round_s))
-    for number in range(min(wanted, affordable)):
+    for number in range(max(1, min(MOST_ROUNDS, round(seconds / round_s)))):
         order = chance.sample(list(remotes), len(remotes))
         for name in (*order, *reversed(order)):
             samples = sorted(remotes[name].call("turn", calls=calls))
-            fought.turns.append(Turn(name, invocation, number, samples[len(samples) // 2]))
+            turns.append(Turn(name, invocation, number, samples[len(samples) // 2]))

@@ -3,17 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from fwpkm_bench import catalog
 from fwpkm_bench.comparing.sides import Side
 from fwpkm_bench.executors.child import Child, ChildDiedError
+
+USAGE = "usage"  # the status of what the user asked for and the side has not
+SHARED = " (three processes share the memory while two sides are timed)"
 
 
 class SideError(Exception):
     """A side that could not do what it was told."""
 
-    def __init__(self, side: Side, status: str, reason: str, detail: str = "") -> None:
+    def __init__(self, side: Side, status: str, reason: str) -> None:
         super().__init__(f"side {side.name}, {side.label}: {status}: {reason}")
-        self.status = status
-        self.detail = detail  # the trace, where there is one
+        self.status, self.reason = status, reason
 
 
 class Remote:
@@ -27,18 +30,10 @@ class Remote:
         from fwpkm_bench.comparing import bench
 
         self.side, self.timeout_s = side, timeout_s
-        package, root = (None if path is None else str(path) for path in (side.package, side.root))
-        own = dict(request)
-        if side.backend is not None:
-            own["backend"] = (side.backend,)
-        if side.root is not None:
-            own["layers"] = tuple(_within(name, side.root) for name in own["layers"])
-        layer = own["layers"][0]
-        own["settings"] = {name: v for name, v in side.settings.items() if name.rpartition(".")[0] == layer}
-        self._child = Child(bench.serve, package, root, own)
+        self._child = Child(bench.serve, bench.Place.of(side), _own(side, request))
         try:
             self._answer()
-        except SideError:
+        except BaseException:
             self.stop()
             raise
 
@@ -56,7 +51,8 @@ class Remote:
         except ChildDiedError as error:
             raise SideError(self.side, "crashed", str(error)) from None
         if answer["status"] != "ok":
-            raise SideError(self.side, answer["status"], answer["reason"], answer.get("detail", ""))
+            reason = answer["reason"] + (SHARED if answer["status"] == "oom" else "")
+            raise SideError(self.side, answer["status"], reason)
         return answer.get("result")
 
     def stop(self) -> None:
@@ -70,7 +66,13 @@ class Remote:
         self.stop()
 
 
-def _within(name: str, root: Path) -> str:
-    """``path/to/file.py:Class``, the path relative to the repository, as the side ``root`` has it."""
-    path, colon, rest = name.rpartition(":")
-    return f"{root / path}{colon}{rest}" if path.endswith(".py") and not Path(path).is_absolute() else name
+def _own(side: Side, request: dict[str, Any]) -> dict[str, Any]:
+    """``request`` with the side's backend and settings; a layer's file is the one of the side's copy."""
+    (layer,) = request["layers"]
+    place = layer
+    if side.root is not None and catalog.is_file(layer) and not Path(layer).is_absolute():
+        place = f"{side.root / layer}"
+    parts = ((*full.rpartition("."), values) for full, values in side.settings.items())
+    settings = {f"{place}.{name}": values for owner, _, name, values in parts if owner == layer}
+    own = request | {"layers": (place,), "settings": settings}
+    return own if side.backend is None else own | {"backend": (side.backend,)}

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fwpkm_bench.compare import COLUMNS, WORSE, Compared, summed_up
+from fwpkm_bench.compare import COLUMNS, FAILED, WORSE, Compared, summed_up
 from fwpkm_bench.errors import UsageError
 from fwpkm_bench.plot import byte_name, save, use_style
 from fwpkm_bench.ranges import format_length
@@ -23,13 +23,14 @@ from fwpkm_bench.store import write_atomically
 
 COMPARISON = "comparison.json"
 HEADINGS = ["case", "results", "time, B / A", "99% interval", "noise (A / A)", "verdict", "memory", "recall"]
+WIDE = 140
 LEAST_SHARE = 0.1  # of the time lost: a phase that lost less is not named
 COLOURS = {"faster": 2, "slower": 3, "same": 0, "ambiguous": 7}  # of the palette
 NOTES = """\
 Time is that of a step, B over A; above 1, B is slower. Its interval comes from resampling invocations (fresh
-processes of each side) and the rounds in them; the noise is the same interval for two processes of side A.
-`slower` and `faster` lie beyond the threshold and the noise, with an interval that excludes 1 and a
-Mann-Whitney p below 0.01; of `same` the whole interval lies within the threshold."""
+processes of each side) and the rounds in them, widened for their small number; the noise is the same interval
+for two processes of side A. `slower` and `faster` lie beyond the threshold and the noise, with an interval
+that excludes 1 and a Mann-Whitney p below 0.01; of `same` the whole interval lies within the threshold."""
 
 
 def prepare(out: Path) -> None:
@@ -57,10 +58,15 @@ def write(out: Path, found: Compared, about: dict[str, Any]) -> None:
     for name, table in (("compare", rows), ("checks", checks), ("turns", turns), ("phases", phases)):
         if len(table):
             write_atomically(out / f"{name}.csv", table.to_csv(index=False))
+        else:
+            (out / f"{name}.csv").unlink(missing_ok=True)  # of an earlier comparison
     timed = rows[rows["time_ratio"].notna()]
     picture = len(timed) > 0
     if picture:
         save(_draw(timed, about), out / "compare")
+    else:
+        for suffix in ("png", "svg"):
+            (out / f"compare.{suffix}").unlink(missing_ok=True)
     write_atomically(out / "compare.md", "\n".join(_page(found, about, picture)) + "\n")
 
 
@@ -72,7 +78,7 @@ def print_table(found: Compared) -> None:
     for row in found.rows:
         worse = any(row[name] == value for name, value in WORSE.items()) or row["results"] == "wrong"
         table.add_row(*(escape(cell) for cell in _cells(row)), style="bold red" if worse else None)
-    console = Console(highlight=False, width=None if Console().is_terminal else 160)
+    console = Console(highlight=False, width=max(WIDE, Console().width))  # a verdict is never cut off
     console.print(table)
     for line in _reasons(found):
         console.print(escape(line), soft_wrap=True)
@@ -100,16 +106,21 @@ def _moved(case: str, phases: list[dict[str, Any]]) -> str:
     said = [
         f"{row['phase']} {row['ms_a'] or 0:.3g} to {row['ms_b'] or 0:.3g} ms ({row['ms_more'] / whole:.0%})"
         for row in phases
-        if whole > 0 and row["ms_more"] > LEAST_SHARE * whole
+        if whole > 0 and row["ms_more"] > LEAST_SHARE * whole and _apart(row)
     ]
     found = "; ".join(said) or "no phase lost time while both sides were profiled"
     return f"{case}: of {whole:.3g} ms more a step: {found}" if said else f"{case}: {found}"
 
 
+def _apart(row: dict[str, Any]) -> bool:
+    """Whether a phase's intervals on the two sides leave a gap, so far as there are any."""
+    return row["ms_lo_b"] is None or row["ms_hi_a"] is None or row["ms_lo_b"] > row["ms_hi_a"]
+
+
 def _name(row: dict[str, Any]) -> str:
-    parts = [row["layer"], row["mode"] or "recall", format_length(int(row["seq"]))]
+    parts = [row["layer"], row["settings"] or "", row["mode"] or "recall", format_length(int(row["seq"]))]
     parts += [f"B {row['batch']}"] * (row["batch"] != 1) + [row["dtype"]] * (row["dtype"] != "float32")
-    return " ".join(parts)
+    return " ".join(filter(None, parts))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -138,12 +149,17 @@ def _interval(row: dict[str, Any], name: str) -> str:
 def _memory(row: dict[str, Any]) -> str:
     if row["memory"] in (None, "same"):
         return row["memory"] or ""
-    peaks = [byte_name(row[f"peak_memory_bytes_{side}"]) for side in "ab"]
-    return f"{row['memory']}: {peaks[0]} to {peaks[1]}"
+    changed = {name: [row[f"{name}_bytes_{side}"] for side in "ab"] for name in ("peak_memory", "state")}
+    said = [
+        f"{name.partition('_')[0]} {byte_name(a)} to {byte_name(b)}"
+        for name, (a, b) in changed.items()
+        if a != b
+    ]
+    return f"{row['memory']}: {', '.join(said)}"
 
 
 def _recall(row: dict[str, Any]) -> str:
-    if row["recall"] in (None, "same"):
+    if row["recall"] in (None, "same", FAILED):
         return row["recall"] or ""
     return f"{row['recall']}: {row['recall_a']:.3f} to {row['recall_b']:.3f}"
 

@@ -21,25 +21,35 @@ def compare_runs(a: Path, b: Path, threshold: float) -> Compared:
         UsageError: a folder holds no run, or the two have no case in common.
     """
     records = [{_key(r["case"]): r for r in read_journal(path)} for path in (a, b)]
-    common = [key for key in records[0] if key in records[1]]
-    if not common:
+    pairs = [(records[0][key], records[1][key]) for key in records[0] if key in records[1]]
+    if not pairs:
         raise UsageError(f"{a} and {b} have no case in common; nothing can be compared")
-    recalls = {}
-    found = Compared()
-    pairs = [(records[0][key], records[1][key]) for key in common]
+    recalls: dict[str, list[dict[str, Any]]] = {}
     for mine, theirs in pairs:
         if mine["case"]["workload"] == "recall":
-            recalls[_memory(mine["case"])] = _recall_columns(mine, theirs)
-    used = set()
+            row = _base(mine, theirs) | _recall_columns(mine, theirs, threshold)
+            recalls.setdefault(_memory(mine["case"]), []).append(row)
+    found = Compared()
+    beside = set()
     for mine, theirs in pairs:
         if mine["case"]["workload"] == "throughput":
             memory = _memory(mine["case"])
-            used.add(memory)
-            found.rows.append(_row(mine, theirs, threshold) | recalls.get(memory, {}))
-    for mine, theirs in pairs:
-        if mine["case"]["workload"] == "recall" and _memory(mine["case"]) not in used:
-            found.rows.append(_base(mine, theirs) | recalls[_memory(mine["case"])])
+            found.rows.append(_row(mine, theirs, threshold))
+            if len(recalls.get(memory, ())) == 1:  # one of its size and settings: it stands beside the speed
+                beside.add(memory)
+                (recall,) = recalls[memory]
+                found.rows[-1] |= {name: recall[name] for name in ("recall", "recall_a", "recall_b")}
+    found.rows += [row for memory, rows in recalls.items() if memory not in beside for row in rows]
+    varied = _varied([mine["case"] for mine, _ in pairs])
+    for row in found.rows:
+        row["settings"] = " ".join(f"{n}={v}" for n, v in row.pop("all_settings").items() if n in varied)
     return found
+
+
+def unmatched(a: Path, b: Path) -> int:
+    """How many cases are in one of the two runs alone."""
+    keys = [{_key(record["case"]) for record in read_journal(path)} for path in (a, b)]
+    return len(keys[0] ^ keys[1])
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -61,11 +71,26 @@ def _memory(case: dict[str, Any]) -> str:
     return json.dumps({name: case[name] for name in names}, sort_keys=True)
 
 
+def _settings(case: dict[str, Any]) -> dict[str, Any]:
+    layer = {f"{case['layer']}.{name}": value for name, value in case["layer_settings"].items()}
+    return layer | {f"{case['workload']}.{name}": value for name, value in case["workload_settings"].items()}
+
+
+def _varied(cases: list[dict[str, Any]]) -> set[str]:
+    """The settings that ``cases`` differ in."""
+    values: dict[str, set[Any]] = {}
+    for case in cases:
+        for name, value in _settings(case).items():
+            values.setdefault(name, set()).add(value)
+    return {name for name, found in values.items() if len(found) > 1}
+
+
 def _base(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     case = mine["case"]
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {name: case[name] for name in ("layer", "mode", "seq", "batch", "dtype", "device")}
     row |= {"backend_a": case["backend"], "backend_b": case["backend"], "status": "ok", "reason": ""}
+    row["all_settings"] = _settings(case)
     for side, record in (("A", mine), ("B", theirs)):
         if record["status"] != "ok":
             row |= {"status": record["status"], "reason": f"side {side}: {record['reason']}"}
@@ -97,9 +122,9 @@ def _row(mine: dict[str, Any], theirs: dict[str, Any], threshold: float) -> dict
     return row
 
 
-def _recall_columns(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def _recall_columns(mine: dict[str, Any], theirs: dict[str, Any], threshold: float) -> dict[str, Any]:
     if mine["status"] != "ok" or theirs["status"] != "ok":
         return {}
     a, b = mine["columns"], theirs["columns"]
-    said = verdicts.recall((a["right"], a["queries"]), (b["right"], b["queries"]))
+    said = verdicts.recall((a["right"], a["queries"]), (b["right"], b["queries"]), threshold)
     return {"recall": said, "recall_a": a["recall"], "recall_b": b["recall"]}

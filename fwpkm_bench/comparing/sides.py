@@ -17,6 +17,7 @@ from fwpkm_bench.errors import UsageError, choose
 from fwpkm_bench.spec import Value
 
 WORKING_TREE = "working tree"
+LARGEST_NEW_BYTES = 16 * 2**20  # of an untracked file
 MEASURED = ("layers", "fwpkm_bench/kernels")  # the parts of a checkout that a side takes part with
 
 
@@ -24,11 +25,13 @@ MEASURED = ("layers", "fwpkm_bench/kernels")  # the parts of a checkout that a s
 class Side:
     """What runs: the layers of ``root`` (those of this tool where it is None) with settings of its own.
 
-    ``package`` is a folder to be searched before the tool's own for ``layers`` and ``kernels``.
+    ``root`` is a copy of ``repository``; ``package`` is a folder to be searched before the tool's own for
+    ``layers`` and ``kernels``.
     """
 
     name: str  # "A" or "B"
     label: str
+    repository: Path | None = None
     root: Path | None = None
     package: Path | None = None
     commit: str | None = None
@@ -78,7 +81,7 @@ def export(repository: Path, ref: str | None, name: str, into: Path) -> Side:
     else:
         archive = _run("git", "-C", str(repository), "archive", "--format=tar", commit).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            tar.extractall(root, filter="data")
+            tar.extractall(root, filter=_harmless)
     package = into / f"{name}-package"
     package.mkdir()
     for part in MEASURED:
@@ -86,7 +89,7 @@ def export(repository: Path, ref: str | None, name: str, into: Path) -> Side:
             (package / Path(part).name).symlink_to(root / part)
     said = f"{WORKING_TREE} ({commit[:10]}{' with changes' if dirty else ''})"
     label = said if ref is None else (ref if commit.startswith(ref) else f"{ref} ({commit[:10]})")
-    return Side(name, label, root, package, commit, dirty)
+    return Side(name, label, repository, root, package, commit, dirty)
 
 
 def changed_layers(a: Side, b: Side, names: list[str]) -> list[str]:
@@ -110,15 +113,29 @@ def _commit(repository: Path, ref: str) -> str:
         return _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", asked).strip()
     except subprocess.CalledProcessError:
         listed = _git(repository, "for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags")
-        return choose("git ref or run folder", ref, [*listed.split(), "HEAD"])
+        if not listed:
+            raise UsageError(f"{repository} has no commit yet; there is nothing to compare with") from None
+        choose("git ref or run folder", ref, [n for n in (*listed.split(), "HEAD") if n != ref])
+        raise
+
+
+def _harmless(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    """What may be unpacked: not a link that leads out of the copy."""
+    try:
+        return tarfile.data_filter(member, path)
+    except tarfile.FilterError:
+        return None
 
 
 def _copy_working_tree(repository: Path, root: Path) -> None:
-    """Tracked files as they are now, and new ones that git does not ignore."""
-    listed = _git(repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    for name in filter(None, listed.split("\0")):
+    """Tracked files as they are now, and new ones that git does not ignore, if they are no checkpoints."""
+    tracked = set(_git(repository, "ls-files", "-z").split("\0"))
+    new = _git(repository, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, (*tracked, *new)):
         source, target = repository / name, root / name
-        if source.is_file():  # a deleted file is listed too
+        if not source.is_file():
+            continue  # a deleted file is listed too
+        if name in tracked or source.stat().st_size <= LARGEST_NEW_BYTES:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
 

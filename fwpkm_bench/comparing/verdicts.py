@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import fisher_exact, mannwhitneyu
+from scipy.stats import fisher_exact, mannwhitneyu, norm, t
 
 CONFIDENCE = 0.99  # an interval is looked at after each invocation: 95% would be wrong too often
 SIGNIFICANT = 0.01
@@ -108,7 +108,17 @@ def time_ratio(turns: Sequence[Turn], side: str) -> Ratio:
     middle = float(np.exp(np.median(np.concatenate(invocations)))) if invocations else float("nan")
     if len(invocations) < LEAST_INVOCATIONS:
         return Ratio(middle, None, None)
-    return Ratio(middle, *_interval(np.exp(_resampled_medians(invocations))))
+    low, high = _interval(_resampled_medians(invocations))
+    wider = _small_sample(len(invocations))
+    centre = np.log(middle)
+    return Ratio(middle, *(float(np.exp(centre + wider * (end - centre))) for end in (low, high)))
+
+
+def _small_sample(count: int) -> float:
+    """How much too narrow a bootstrap interval from ``count`` values is: ``t / z * sqrt(n / (n - 1))``
+    (Hesterberg, "What teachers should know about the bootstrap", 2015, section 4)."""
+    tail = 1 - (1 - CONFIDENCE) / 2
+    return float(t.ppf(tail, count - 1) / norm.ppf(tail) * np.sqrt(count / (count - 1)))
 
 
 def _resampled_medians(invocations: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -127,22 +137,25 @@ def _resampled_medians(invocations: list[NDArray[np.float64]]) -> NDArray[np.flo
 
 
 def mann_whitney(turns: Sequence[Turn]) -> float:
-    """The two-sided p-value that the turns of A and B come from one distribution, each turn taken over the
-    geometric mean of its round."""
-    logs: dict[str, list[float]] = {"A": [], "B": []}
-    for round_logs in _rounds(turns, "B").values():
-        mean = np.mean([np.mean(values) for values in round_logs.values()])
-        for name, values in round_logs.items():
-            logs[name] += [value - mean for value in values]
-    if not logs["A"]:
+    """The two-sided p-value that the processes of A and those of B are equally fast: one value a process, the
+    mean logarithm of its turns over that of its invocation."""
+    logs: dict[tuple[int, str], list[float]] = {}
+    for turn in turns:
+        logs.setdefault((turn.invocation, turn.side), []).append(float(np.log(turn.ms)))
+    means = {key: float(np.mean(values)) for key, values in logs.items()}
+    sides: dict[str, list[float]] = {"A": [], "B": []}
+    for (invocation, side), mean in means.items():
+        everyone = np.mean([value for (other, _), value in means.items() if other == invocation])
+        sides["B" if side == "B" else "A"].append(float(mean - everyone))
+    if not all(sides.values()):
         return 1.0
-    return float(mannwhitneyu(logs["A"], logs["B"], alternative="two-sided").pvalue)
+    return float(mannwhitneyu(sides["A"], sides["B"], alternative="two-sided").pvalue)
 
 
-def memory(a: Sequence[int], b: Sequence[int], threshold: float, device: str) -> str:
+def memory(a: Sequence[int], b: Sequence[int], threshold: float, *, resident: bool) -> str:
     """``more`` or ``less`` where all of B's peaks lie beyond all of A's and their medians beyond
-    ``threshold``; ``ambiguous`` where that is said of fewer than `LEAST_PEAKS` resident sizes."""
-    resident = device == "cpu"
+    ``threshold``. Of ``resident`` sizes, which allocators round and pages blur, a few are needed: fewer than
+    `LEAST_PEAKS` are ``ambiguous``."""
     least = PAGE_NOISE_BYTES if resident else 0
     middle_a, middle_b = float(np.median(a)), float(np.median(b))
     more = min(b) > max(a) + least and middle_b > middle_a * (1 + threshold)
@@ -154,12 +167,16 @@ def memory(a: Sequence[int], b: Sequence[int], threshold: float, device: str) ->
     return "more" if more else "less"
 
 
-def recall(a: tuple[int, int], b: tuple[int, int]) -> str:
-    """``higher`` or ``lower`` where B's share, ``(right, asked)``, differs significantly (Fisher's test)."""
+def recall(a: tuple[int, int], b: tuple[int, int], threshold: float) -> str:
+    """``higher`` or ``lower`` where B's share, ``(right, asked)``, is significantly another (Fisher's test),
+    and by more than ``threshold`` as a ratio."""
+    share_a, share_b = a[0] / a[1], b[0] / b[1]
     table = [[right, asked - right] for right, asked in (a, b)]
     if fisher_exact(table).pvalue >= SIGNIFICANT:
         return "same"
-    return "higher" if b[0] / b[1] > a[0] / a[1] else "lower"
+    if share_b < share_a / (1 + threshold):
+        return "lower"
+    return "higher" if share_b > share_a * (1 + threshold) else "same"
 
 
 def _interval(resampled: NDArray[np.float64]) -> tuple[float, float]:

@@ -2,13 +2,19 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import fwpkm_bench
+
+PRELOADED = ["fwpkm_bench.worker", "fwpkm_bench.comparing.bench"]
+TOOL = Path(fwpkm_bench.__file__).parents[1]
 PATIENCE_S = 5.0  # for a process that has sent its outcome to end
 
 
@@ -26,11 +32,11 @@ class Child:
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
         context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
         if sys.platform != "win32":
-            context.set_forkserver_preload(["fwpkm_bench.worker"])
+            context.set_forkserver_preload(PRELOADED)
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(*args, theirs))
         self._started = time.monotonic()
-        with _uninterrupted():
+        with _uninterrupted(), _own_package_first():
             self._process.start()
         theirs.close()
 
@@ -63,6 +69,24 @@ class Child:
             self._process.join()
         self._process.close()
         self._ours.close()
+
+
+@contextlib.contextmanager
+def _own_package_first() -> Iterator[None]:
+    """Have the server of processes, if it starts now, import this package and not one in the folder that the
+    user happens to stand in."""
+    path = os.pathsep.join(filter(None, (str(TOOL), os.environ.get("PYTHONPATH"))))
+    changed = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
