@@ -49,16 +49,16 @@ def draw_all(frame: pd.DataFrame, short: pd.DataFrame, folder: Path) -> list[Pat
             panels |= {"recall": draw_recall}
         for name, panel in panels.items():
             where = name if name == "recall" else name + suffix
-            drawn.append(_save(_row_of((panel,), rows), folder / where))
+            drawn.append(save(_row_of((panel,), rows), folder / where))
         if has_speed and has_recall:
             three = (draw_speed, draw_memory, draw_recall)
-            drawn.append(_save(_row_of(three, rows), folder / f"overview{suffix}"))
+            drawn.append(save(_row_of(three, rows), folder / f"overview{suffix}"))
             if (rows["tokens_per_s"].notna() & rows["recall"].notna()).any():
-                drawn.append(_save(_trade_off(rows), folder / f"tradeoff{suffix}"))
+                drawn.append(save(_trade_off(rows), folder / f"tradeoff{suffix}"))
         elif panels:
-            drawn.append(_save(_row_of(panels.values(), rows), folder / f"overview{suffix}"))
+            drawn.append(save(_row_of(panels.values(), rows), folder / f"overview{suffix}"))
     if any(path.stem == "recall" for path in drawn):
-        drawn.append(_save(_by_age(frame), folder / "recall_by_age"))
+        drawn.append(save(_by_age(frame), folder / "recall_by_age"))
     return drawn
 
 
@@ -287,7 +287,8 @@ def _by_age(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """``figure`` as PNG and SVG; returns the PNG."""
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=DPI)
     return path.with_suffix(".png")

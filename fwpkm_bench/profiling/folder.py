@@ -14,6 +14,10 @@ from fwpkm_bench.store import write_atomically
 
 PROFILE = "profile.json"
 PHASES, CASE, PARTS = "phases.csv", "case.csv", "parts.csv"
+TRACE, OPERATORS = "trace.json.gz", "operators.csv"
+MEMORY, MEMORY_SPLIT, SNAPSHOT = "memory.csv", "memory_split.csv", "allocator.json.gz"
+SPEEDSCOPE, FLAMES, HOST = "host.speedscope.json", "host.svg", "host.csv"
+KERNELS = "kernels.csv"
 
 
 class ProfileFolder:
@@ -58,8 +62,8 @@ def is_replaceable(path: Path) -> bool:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """``rows`` as a tidy table; what does not apply is empty."""
-    write_atomically(path, pd.DataFrame(rows).to_csv(index=False))
+    """``rows`` as a tidy table; what does not apply is empty, and whole numbers stay whole."""
+    write_atomically(path, pd.DataFrame(rows).convert_dtypes().to_csv(index=False))
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -70,3 +74,9 @@ def read_table(path: Path) -> pd.DataFrame:
 def write_profile(folder: Path, content: dict[str, Any]) -> None:
     """Write ``profile.json``: by it a folder is known as a profile."""
     write_atomically(folder / PROFILE, json.dumps(content, indent=2) + "\n")
+
+
+def read_profile(folder: Path) -> dict[str, Any]:
+    """What `write_profile` wrote."""
+    content: dict[str, Any] = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
+    return content

@@ -41,9 +41,7 @@ class PhaseTable:
 
 def measure_phases(case: Case) -> PhaseTable:
     """The phases of ``case`` of workload ``throughput``, measured in this process."""
-    dtype = getattr(torch, case.dtype)
-    layer = throughput.build_layer(case).to(device=case.device, dtype=dtype)
-    mode = throughput.MODES[case.mode](case, layer, dtype)
+    mode = throughput.prepared(case)
     mode.start()
     keep_freed_memory(case.device)
     clock = PhaseClock(case.device)
@@ -51,7 +49,7 @@ def measure_phases(case: Case) -> PhaseTable:
     calls.warm_up()
     calls.take_pairs()
     counts = calls.count()
-    ceilings = measure_ceilings(case.device, dtype)
+    ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     floor = operator_floor_us(case.device)
     return table(calls, counts, ceilings, floor)
 

@@ -192,12 +192,18 @@ class Decode(Prefill):
 MODES: dict[str, type[Prefill]] = {"prefill": Prefill, "train": Train, "decode": Decode}
 
 
+def prepared(case: Case) -> Prefill:
+    """The mode of ``case`` with its layer and inputs, warmed up and before its first call."""
+    dtype = getattr(torch, case.dtype)
+    layer = build_layer(case).to(device=case.device, dtype=dtype)
+    return MODES[case.mode](case, layer, dtype)
+
+
 def run(case: Case) -> Measurement:
     """Measure one case in this process."""
-    dtype = getattr(torch, case.dtype)
     started = time.perf_counter()
-    layer = build_layer(case).to(device=case.device, dtype=dtype)
-    mode = MODES[case.mode](case, layer, dtype)
+    mode = prepared(case)
+    layer = mode.layer
     sample = sampler(case.device)  # what it holds on a GPU is none of the layer's memory
     memory = PeakMemory(case.device)
     columns: dict[str, Any] = {}
@@ -226,7 +232,7 @@ def run(case: Case) -> Measurement:
         "parameters": sum(p.numel() for p in layer.parameters()),
     }
     columns |= (own := mode.columns())
-    ceilings = measure_ceilings(case.device, dtype)
+    ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     columns |= ceilings.columns(
         flops=own["model_flops"], moved=own["least_bytes"], seconds=columns["latency_ms_p50"] / 1e3
     )
