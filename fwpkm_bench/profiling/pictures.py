@@ -18,7 +18,8 @@ from fwpkm_bench.profiling.folder import CASE, MEMORY, PHASES, read_profile, rea
 
 mpl.use("Agg")
 
-LEADER = {"arrowstyle": "-", "color": "0.45", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+LEADER: dict[str, Any] = {"arrowstyle": "-", "color": "0.45", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+LEADER["relpos"] = (0, 0.5)  # from the left of the name
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 BACK = "backward"
 KINDS = ("weights", "inputs", "state", "gradients", "activations")

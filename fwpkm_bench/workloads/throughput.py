@@ -9,6 +9,7 @@ and least bytes are of a step.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,8 +200,8 @@ def prepared(case: Case) -> Prefill:
     return MODES[case.mode](case, layer, dtype)
 
 
-def run(case: Case) -> Measurement:
-    """Measure one case in this process."""
+def run(case: Case, look: Callable[[Prefill], None] = lambda mode: None) -> Measurement:
+    """Measure one case in this process; ``look`` gets its mode once all is timed."""
     started = time.perf_counter()
     mode = prepared(case)
     layer = mode.layer
@@ -232,6 +233,7 @@ def run(case: Case) -> Measurement:
         "parameters": sum(p.numel() for p in layer.parameters()),
     }
     columns |= (own := mode.columns())
+    look(mode)
     ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     columns |= ceilings.columns(
         flops=own["model_flops"], moved=own["least_bytes"], seconds=columns["latency_ms_p50"] / 1e3
