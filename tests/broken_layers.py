@@ -85,3 +85,12 @@ class SlowThenGreedy(Greedy):
     def forward(self, x, state=None):
         time.sleep(0.05)
         return super().forward(x, state)
+
+
+class ShyOfProfilers(Fine):
+    """Runs out of memory where torch's profiler looks on."""
+
+    def forward(self, x, state=None):
+        if torch._C._autograd._profiler_enabled():
+            raise torch.OutOfMemoryError("no memory left for being looked at")
+        return super().forward(x, state)

@@ -21,7 +21,7 @@ RANK = [  # a module imports only from lines below its own
     {"palette"},
     {"executors.local", "tables"},
     {"profiling.phases", "profiling.trace", "profiling.memory", "profiling.host", "profiling.one_case"},
-    {"profiling.gpu"},
+    {"profiling.gpu", "profiling.kernels"},
     {"profiling.folder"},
     {"worker", "store", "profiling.spec"},
     {"workloads.throughput", "workloads.recall"},

@@ -121,7 +121,7 @@ def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         both = [t for t in both if id(t) not in _out_ids(kwargs)]
     known = {id(t) for t in written}
     fresh = [t for t in _tensors(out) if id(t) not in known]
-    return _span(*read) + _span(*written_alone) + 2 * _span(*both) + _span(*fresh)
+    return _span(*_tensors(read)) + _span(*written_alone) + 2 * _span(*both) + _span(*fresh)
 
 
 def _bag_bytes(name: str, args: tuple[Any, ...], out: Any) -> int:

@@ -1,7 +1,7 @@
-"""What the host does: py-spy watches Python, Nsight Compute and Nsight Systems a GPU.
+"""Programs that look at a case from outside: py-spy at Python, Nsight at a GPU, Triton's compiler at kernels.
 
-Each starts the case as a child of its own and watches that, which needs no root; a system that forbids even
-this says so in the outcome.
+A profiler starts the case as a child of its own and watches that, which needs no root; a system that forbids
+even this says so in the outcome.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import fwpkm_bench
+from fwpkm_bench import catalog
 from fwpkm_bench.measurement import UnsupportedError
-from fwpkm_bench.profiling.folder import FLAMES, HOST, SPEEDSCOPE, write_table
+from fwpkm_bench.profiling.folder import FLAMES, HOST, KERNELS, SPEEDSCOPE, write_table
 from fwpkm_bench.spec import Case
 from fwpkm_bench.store import write_atomically
 
@@ -74,6 +75,23 @@ def systems(case: Case, folder: Path, timeout_s: float) -> dict[str, Any]:
     return watch(command, case, timeout_s, calls=1)
 
 
+def kernels(case: Case, folder: Path, timeout_s: float) -> dict[str, Any]:
+    """Write ``kernels.csv``, what Triton makes of each kernel of the layer for a GPU, here or not.
+
+    Raises:
+        UnsupportedError: the layer has no Triton kernels, or they could not be compiled.
+    """
+    if "triton" not in catalog.load_layer(case.layer).backends:
+        raise UnsupportedError(f"{case.layer} has no backend triton, so no kernels to compile")
+    module = (sys.executable, "-m", "fwpkm_bench.profiling.kernels", case.layer, str(folder / KERNELS))
+    code, said = _run(module, timeout_s, TRITON_INTERPRET="0")
+    if code is None:
+        raise UnsupportedError(f"not compiled within {timeout_s:g} s; raise --timeout")
+    if code:
+        raise UnsupportedError((said.strip().splitlines() or [f"exit code {code}"])[-1][:300])
+    return {}
+
+
 def _nsight(name: str, case: Case) -> str:
     if case.device != "cuda":
         raise UnsupportedError(f"{name} looks into GPUs, and the case runs on {case.device}")
@@ -111,7 +129,7 @@ def watch(tool: Sequence[str], case: Case, timeout_s: float, *, calls: int = 0) 
     return dict(outcome["columns"])
 
 
-def _run(command: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
+def _run(command: Sequence[str], timeout_s: float, **variables: str) -> tuple[int | None, str]:
     """The exit code, None where it took too long, and what was said; no child outlives this."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     child = subprocess.Popen(
@@ -120,7 +138,7 @@ def _run(command: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path} | variables,
         start_new_session=True,
     )
     try:

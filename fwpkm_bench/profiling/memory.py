@@ -60,7 +60,7 @@ def record(case: Case, *, folder: Path) -> Measurement:
     figures: dict[str, Any] = {"call_ms": (stopped - started) / 1e6}
     figures |= {"peak_bytes": peak.peak_bytes(), "total_bytes": peak.total_bytes()}
     if history:
-        _write_snapshot(folder / SNAPSHOT)
+        figures["snapshot_missing"] = _write_snapshot(folder / SNAPSHOT)
     state = getattr(mode, "state", None) or result[1]
     gradients = [t.grad for t in (*mode.layer.parameters(), *mode.inputs) if t.grad is not None]
     tensors.name("gradients", gradients)
@@ -252,9 +252,17 @@ def merged(
     return rows
 
 
-def _write_snapshot(path: Path) -> None:
-    """The allocator's segments and its history as JSON: nothing has to be unpickled to read it."""
-    snapshot = torch.cuda.memory._snapshot()
-    torch.cuda.memory._record_memory_history(enabled=None)
+def _write_snapshot(path: Path) -> str:
+    """The allocator's segments and its history as JSON: nothing has to be unpickled to read it.
+
+    Returns why there is none, or nothing.
+    """
+    try:
+        snapshot = torch.cuda.memory._snapshot()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
     with gzip.open(path, "wt", encoding="utf-8") as file:
         json.dump(snapshot, file, default=str)
+    return ""

@@ -7,18 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fwpkm_bench import catalog
-from fwpkm_bench.errors import UsageError
 from fwpkm_bench.executors.local import LocalExecutor
-from fwpkm_bench.measure import compiled
 from fwpkm_bench.measure.environment import describe
 from fwpkm_bench.measurement import UnsupportedError
 from fwpkm_bench.profiling import host, memory, page, phases, pictures, trace
-from fwpkm_bench.profiling.folder import KERNELS, PARTS, ProfileFolder, write_profile, write_table
+from fwpkm_bench.profiling.folder import PARTS, ProfileFolder, write_profile, write_table
 from fwpkm_bench.profiling.spec import Profile
 from fwpkm_bench.spec import Case
-
-CAPABILITY = 90  # of the GPU to compile for where there is none: Hopper
 
 Outcome = dict[str, Any]  # part, status, reason, elapsed_s, figures
 Part = Callable[[Case, Path, float, LocalExecutor], Outcome]
@@ -42,9 +37,11 @@ def run(
                 write_table(folder.work / PARTS, [{name: o[name] for name in names} for o in outcomes])
                 content = {"command": command, "case_id": case.case_id, "case": dataclasses.asdict(case)}
                 write_profile(folder.work, content | {"parts": outcomes, "environment": describe()})
-                pictures.draw_all(folder.work)
-                page.write(folder.work)
-                folder.keep()
+                try:
+                    pictures.draw_all(folder.work)
+                    page.write(folder.work)
+                finally:
+                    folder.keep()
     finally:
         executor.stop()
     return outcomes
@@ -68,23 +65,10 @@ def _watched(
     """What ``tool`` finds out in processes that it starts itself."""
     try:
         return {"status": "ok", "reason": "", "figures": tool(case, folder, timeout_s)}
-    except (UnsupportedError, UsageError) as error:
+    except UnsupportedError as error:
         return {"status": "unsupported", "reason": str(error), "figures": {}}
     except (OSError, ValueError, KeyError) as error:
         return {"status": "crashed", "reason": f"{type(error).__name__}: {error}", "figures": {}}
-
-
-def compile_kernels(case: Case, folder: Path, _timeout_s: float) -> dict[str, Any]:
-    """Write ``kernels.csv``, Triton's report of each kernel of the layer.
-
-    Raises:
-        UnsupportedError: the layer has no Triton kernels.
-    """
-    if "triton" not in catalog.load_layer(case.layer).backends:
-        raise UnsupportedError(f"{case.layer} has no backend triton, so no kernels to compile")
-    kernels = compiled.report([case.layer], CAPABILITY)
-    write_table(folder / KERNELS, [{"capability": CAPABILITY, **vars(kernel)} for kernel in kernels])
-    return {"kernels": len(kernels), "spilled": sum(kernel.spilled_bytes > 0 for kernel in kernels)}
 
 
 PART: dict[str, Part] = {
@@ -92,7 +76,7 @@ PART: dict[str, Part] = {
     "trace": partial(_in_process, trace.record),
     "host": partial(_watched, host.sample),
     "memory": partial(_in_process, memory.record),
-    "kernels": partial(_watched, compile_kernels),
+    "kernels": partial(_watched, host.kernels),
     "ncu": partial(_watched, host.compute),
     "nsys": partial(_watched, host.systems),
 }

@@ -74,10 +74,11 @@ def overheads(folder: Path, parts: list[dict[str, Any]]) -> list[str]:
     if "phases" in figures:
         total = read_table(folder / CASE).iloc[0]
         plain = float(total["off_ms_p50"])
-        ratio = total["overhead_ratio"]
+        ratio, pairs = total["overhead_ratio"], int(total["samples"])
+        many = f"{pairs} pair{'s' * (pairs > 1)} of calls in turn"
         said.append(
             f"Looking costs: with the phase clock on a call takes {ratio:.3f} times what it takes without"
-            f"{_interval(total, 'overhead_ratio', '{:.3f}')}, {int(total['samples'])} pairs of calls in turn."
+            f"{_interval(total, 'overhead_ratio', '{:.3f}')}, {many}."
         )
     if "trace" in figures:
         seen = figures["trace"]
