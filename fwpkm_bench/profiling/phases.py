@@ -91,9 +91,9 @@ class Calls:
         return self.mode.steps
 
     def warm_up(self) -> None:
-        """One call of each kind; the memory that they need is kept from then on."""
-        self._call(lambda call: call())
-        self._call(self._listened)
+        """One call of each kind, or one alone where it takes longer than the budget."""
+        if self._call(lambda call: call()) <= self.case.budget_s * MS:
+            self._call(self._listened)
 
     def take_pairs(self) -> None:
         """Pairs of calls within the budget, but `LEAST_PAIRS` unless one alone exceeds it."""
