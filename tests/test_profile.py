@@ -109,6 +109,33 @@ def test_times_are_exclusive_and_add_up(monkeypatch) -> None:
     assert clock.milliseconds() == taken
 
 
+def test_a_gpu_is_timed_by_its_events(monkeypatch) -> None:
+    """As far as that can be seen without one: events where phases begin, balanced NVTX ranges."""
+    now, nvtx = [0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.at - self.at) / 1e6
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: nvtx.append(f"+{name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: nvtx.append("-"))
+    layer, clock = Ticking(now), PhaseClock("cuda")
+    with torch.no_grad():
+        clock.run(layer, lambda: layer(torch.ones(2, 4)))
+    assert clock.milliseconds() == pytest.approx(
+        {"other": 0.001, "read": 11.010, "keys": 0.1, "projections": 0}
+    )
+    assert nvtx == ["+read", "+keys", "-", "-", "+read", "-", "+projections", "-"]
+
+
 def test_a_slowed_phase_is_the_one_that_grows(monkeypatch) -> None:
     now = [0]
     monkeypatch.setattr(phase_clock.time, "perf_counter_ns", lambda: now[0])
@@ -381,8 +408,10 @@ def test_a_profile_replaces_a_profile_and_nothing_else(tmp_path, monkeypatch) ->
     assert result.exit_code == 0, result.output
     assert "py-spy is not installed: pip install py-spy" in result.stderr
     assert not (tmp_path / "new" / "phases.csv").exists()
+    (tmp_path / f".new.{2**22 + 1}.unfinished").mkdir()  # of a process that was killed
     again = CliRunner().invoke(main, [*words, str(tmp_path / "new")])
     assert again.exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     refused = CliRunner().invoke(main, [*words, str(tmp_path / "mine")])

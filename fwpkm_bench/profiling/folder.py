@@ -8,11 +8,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import pandas as pd
+import psutil
 
 from fwpkm_bench.errors import UsageError
 from fwpkm_bench.store import write_atomically
 
 PROFILE = "profile.json"
+UNFINISHED = ".unfinished"
 PHASES, CASE, PARTS = "phases.csv", "case.csv", "parts.csv"
 TRACE, OPERATORS = "trace.json.gz", "operators.csv"
 MEMORY, MEMORY_SPLIT, SNAPSHOT = "memory.csv", "memory_split.csv", "allocator.json.gz"
@@ -29,13 +31,13 @@ class ProfileFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.work = path.parent / f".{path.name}.{os.getpid()}.unfinished"
-        self.kept = False
+        self.work = path.parent / f".{path.name}.{os.getpid()}{UNFINISHED}"
 
     def __enter__(self) -> Self:
         taken = self.path.exists() or self.path.is_symlink()
         if taken and not (self.path.is_dir() and is_replaceable(self.path)):
             raise UsageError(f"{self.path} is not empty and holds no profile; choose another --out")
+        self._clear_up()
         try:
             self.work.mkdir(parents=True)
         except OSError as error:
@@ -46,6 +48,13 @@ class ProfileFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def _clear_up(self) -> None:
+        """Remove what processes that were killed have left."""
+        for path in self.path.parent.glob(f".{self.path.name}.*{UNFINISHED}"):
+            number = path.name.removesuffix(UNFINISHED).rpartition(".")[2]
+            if number.isdecimal() and not psutil.pid_exists(int(number)):
+                shutil.rmtree(path, ignore_errors=True)
 
     def keep(self) -> None:
         """What was written takes the place of an earlier profile there."""
