@@ -14,6 +14,8 @@ def whole(case: dict[str, Any], total: pd.Series) -> str:
     tokens, ms = int(total["tokens_a_step"]), float(total["off_ms_p50"])
     step = "One token of each sequence" if case["mode"] == "decode" else f"A call of {tokens:,} tokens"
     said = f"{step} takes {ms_name(ms)}{_interval(total, 'off_ms')}, {tokens / ms * 1e3:,.0f} tokens/s. "
+    if total["off_ms_hi"] > SCATTERED * total["off_ms_lo"]:
+        said += "**These calls scatter: something else had the cores, and no time below is to be trusted.** "
     if pd.isna(total["roofline_ms"]):
         return said + "As a whole: " + bound_of(total, total, ms)
     said += "**" + VERDICTS[total["bound"]] + "** As a whole: " + bound_of(total, total, ms)
@@ -23,6 +25,7 @@ def whole(case: dict[str, Any], total: pd.Series) -> str:
     return said
 
 
+SCATTERED = 1.3  # upper over lower end of the interval
 VERDICTS = {
     "compute": "It is bound by computing.",
     "memory": "It is bound by moving memory.",
