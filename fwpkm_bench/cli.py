@@ -149,6 +149,7 @@ def _seconds(_ctx: click.Context, option: click.Parameter, value: str) -> float:
 @click.option("--name", help="Name of the run folder under results/.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder itself.")
 @click.option("--retry", is_flag=True, help="When going on with a run: the cases that failed, once more.")
+@click.option("--profile", is_flag=True, help="Keep the phases of each timed case too (phases.csv).")
 @click.option("--dry-run", is_flag=True, help="Say what would run, and run nothing.")
 def sweep(
     file: str | None,
@@ -157,6 +158,7 @@ def sweep(
     out: Path | None,
     dry_run: bool,
     retry: bool,
+    profile: bool,
     **flags: Any,
 ) -> None:
     """Measure layers over sequence lengths; running it again finishes what is missing.
@@ -183,7 +185,7 @@ def sweep(
             click.echo(case.case_id)
         click.echo(f"{len(planned)} cases, to {out}; nothing was run")
         return
-    _run_sweep(asked, out, retry)
+    _run_sweep(asked, out, retry, profile)
 
 
 def _sweep_file(name: str) -> Path:
@@ -196,7 +198,7 @@ def _sweep_file(name: str) -> Path:
     return files[choose("sweep", name, files)]
 
 
-def _run_sweep(asked: Any, out: Path, retry: bool) -> None:
+def _run_sweep(asked: Any, out: Path, retry: bool, profile: bool) -> None:
     from fwpkm_bench import run as runner
     from fwpkm_bench.display import Display
 
@@ -204,7 +206,7 @@ def _run_sweep(asked: Any, out: Path, retry: bool) -> None:
     _interrupt_on(signal.SIGTERM)
     try:
         with Display() as display:
-            runner.run(asked, out, command, display.show, retry=retry)
+            runner.run(asked, out, command, display.show, retry=retry, profile=profile)
     except KeyboardInterrupt:
         click.echo(f"\ninterrupted; {out} is whole. To finish it: {command}", err=True)
         sys.exit(130)

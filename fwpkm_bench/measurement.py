@@ -1,17 +1,19 @@
 """What is handed back by a workload, a check or a compiler, and the ways in which a case can end."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 STATUSES = ("ok", "oom", "timeout", "crashed", "unsupported", "diverged", "skipped")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Columns of the row, and the raw samples that some of them were computed from."""
+    """Columns of the row, the raw samples that some of them were computed from, and what more was seen."""
 
     columns: dict[str, float | int | str | None]
     samples_ms: list[float] = field(default_factory=list)
     warmup_ms: list[float] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)  # a row a phase, where that was asked for
 
 
 SLACK = 20.0  # how much more than the reference in float32 a backend may lose

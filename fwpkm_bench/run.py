@@ -13,6 +13,7 @@ from typing import Any
 from fwpkm_bench.errors import UsageError, choose
 from fwpkm_bench.executors.local import LocalExecutor
 from fwpkm_bench.measure.environment import describe
+from fwpkm_bench.profiling.phases import measure_with_phases
 from fwpkm_bench.spec import DEVICES, Case, Sweep, cases
 from fwpkm_bench.store import RunFolder
 from fwpkm_bench.tables import write_tables
@@ -60,11 +61,18 @@ def check_device(device: str) -> None:
 
 
 def run(
-    sweep: Sweep, out: Path, command: str, show: Callable[[Progress], None], *, retry: bool = False
+    sweep: Sweep,
+    out: Path,
+    command: str,
+    show: Callable[[Progress], None],
+    *,
+    retry: bool = False,
+    profile: bool = False,
 ) -> None:
     """Run what is missing of ``sweep`` in the folder ``out``; its tables are true whenever this ends.
 
-    ``retry``: the cases that failed count as missing.
+    ``retry``: the cases that failed count as missing. ``profile``: keep the phases of each case of the
+    workload ``throughput`` too, from calls after the timed ones.
     """
     check_device(sweep.device)
     planned = plan(sweep)
@@ -76,7 +84,7 @@ def run(
         try:
             written = 0.0
             finished = [r for r in folder.records if r["status"] == "ok" or not retry]
-            for record in _records(planned, finished, sweep.timeout_s, executor, show):
+            for record in _records(planned, finished, sweep.timeout_s, executor, show, profile):
                 folder.append({**record, "commit": commit})
                 if time.monotonic() - written > TABLE_EVERY_S:
                     write_tables(out)
@@ -92,6 +100,7 @@ def _records(
     timeout_s: float,
     executor: LocalExecutor,
     show: Callable[[Progress], None],
+    profile: bool,
 ) -> Iterator[dict[str, Any]]:
     known = {record["case_id"] for record in finished}
     left = [case for case in planned if case.case_id not in known]
@@ -110,7 +119,8 @@ def _records(
         if case.series in hopeless:
             outcome = {"status": "skipped", "reason": hopeless[case.series], "columns": {}}
         else:
-            outcome = executor.run(case, timeout_s)
+            phased = measure_with_phases if profile and case.workload == "throughput" else None
+            outcome = executor.run(case, timeout_s, phased)
         elapsed = time.monotonic() - started
         record = {"case_id": case.case_id, "case": dataclasses.asdict(case), **outcome}
         record |= {"started_at": began, "elapsed_s": round(elapsed, 3)}

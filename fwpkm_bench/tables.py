@@ -117,15 +117,27 @@ def _quotient(above: Any, below: Any) -> float | None:
 
 
 def write_tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Derive ``table.csv`` and ``summary.csv`` of the run folder ``path`` from its journal, and
-    ``ratios.csv`` where a layer and one of its peers were measured."""
+    """Derive ``table.csv`` and ``summary.csv`` of the run folder ``path`` from its journal,
+    ``ratios.csv`` where a layer and one of its peers were measured, and ``phases.csv`` where cases kept
+    theirs."""
     frame = table(path)
     short = summary(frame)
     write_atomically(path / "table.csv", frame.to_csv(index=False))
     write_atomically(path / "summary.csv", short.to_csv(index=False))
     if len(compared := ratios(short)):
         write_atomically(path / "ratios.csv", compared.to_csv(index=False))
+    if len(phases := phase_table(path)):
+        write_atomically(path / "phases.csv", phases.to_csv(index=False))
     return frame, short
+
+
+def phase_table(path: Path) -> pd.DataFrame:
+    """One row a phase of each case of the run folder ``path`` that kept them (``sweep --profile``)."""
+    rows = []
+    for record in read_journal(path):
+        case = {name: record["case"][name] for name in ("layer", "backend", "mode", "seq")}
+        rows += [{"case_id": record["case_id"], **case, **row} for row in record.get("phases", ())]
+    return pd.DataFrame(rows).convert_dtypes()
 
 
 def labels(frame: pd.DataFrame) -> pd.Series:

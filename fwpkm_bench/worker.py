@@ -54,6 +54,7 @@ def attempt(case: Case, measure: Measure | None = None) -> dict[str, Any]:
         "columns": columns,
         "samples_ms": measurement.samples_ms,
         "warmup_ms": measurement.warmup_ms,
+        **({"phases": measurement.phases} if measurement.phases else {}),
     }
 
 

@@ -145,3 +145,12 @@ class PoisonsItsProcess(Slots):
         if self.poisoned:
             raise RuntimeError("an illegal memory access was encountered")
         return 2
+
+
+class ShyOfProfilers(Fine):
+    """Runs out of memory where torch's profiler looks on."""
+
+    def forward(self, x, state=None):
+        if torch._C._autograd._profiler_enabled():
+            raise torch.OutOfMemoryError("no memory left for being looked at")
+        return super().forward(x, state)

@@ -12,7 +12,7 @@ from fwpkm_bench.cli import main
 from tests.readme import commands
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "results/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "results/README.md", "profiles/README.md")
 
 
 def documented() -> list[str]:
@@ -42,7 +42,7 @@ def test_documented_commands_are_understood(command: str, tmp_path: Path, monkey
     if words[0] == "kernels":  # takes a minute: tests/test_triton.py
         words.append("--help")
     monkeypatch.chdir(ROOT)
-    result = CliRunner().invoke(main, [*words, "--dry-run"] if words[0] == "sweep" else words)
+    result = CliRunner().invoke(main, [*words, "--dry-run"] if words[0] in ("sweep", "profile") else words)
     assert result.exit_code == 0, result.output
 
 

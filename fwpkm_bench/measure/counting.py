@@ -25,6 +25,8 @@ from torch.utils.flop_counter import flop_registry
 
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
 FREE = ALLOCATES | {"_unsafe_view", "lift_fresh", "resize_", "set_", "_has_compatible_shallow_copy_type"}
+LIKE = {f"{kind}_like" for kind in ("zeros", "ones", "full", "rand", "randn")}
+LIKE |= {"new_zeros", "new_ones", "new_full"}  # of the first argument they look at the shape alone
 OVERWRITES = {"fill_", "zero_", "copy_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
 COPIES = {"copy_", "clone", "_to_copy", "fill_", "zero_", "where", "masked_fill", "fill", "contiguous"}
 LOOKUPS = {"index_select", "index", "gather", "embedding", "take"}  # the first argument is the table
@@ -99,6 +101,8 @@ def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     name = _name(func)
     if name in FREE:
         return 0
+    if name in LIKE:
+        return _span(*_tensors(out))
     if name in LOOKUPS:
         return _span(*_tensors(args[1:])) + 2 * _span(*_tensors(out))
     if name.startswith("_embedding_bag"):
@@ -117,7 +121,7 @@ def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         both = [t for t in both if id(t) not in _out_ids(kwargs)]
     known = {id(t) for t in written}
     fresh = [t for t in _tensors(out) if id(t) not in known]
-    return _span(*read) + _span(*written_alone) + 2 * _span(*both) + _span(*fresh)
+    return _span(*_tensors(read)) + _span(*written_alone) + 2 * _span(*both) + _span(*fresh)
 
 
 def _bag_bytes(name: str, args: tuple[Any, ...], out: Any) -> int:

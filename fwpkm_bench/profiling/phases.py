@@ -3,6 +3,7 @@
 All figures are of a step: one call in ``prefill`` and ``train``, one token in ``decode``.
 """
 
+import dataclasses
 import statistics
 import time
 from collections import defaultdict
@@ -28,7 +29,7 @@ LEAST_PAIRS, MOST_PAIRS = 3, 25  # of calls, one with the clock on and one with 
 EXPLAINED = 1 / 3  # of a phase's time: a ceiling that explains less is not what bounds it
 IDLE = 20  # operators faster than so many empty ones are calls more than work
 SMALL_OPERATORS = 2000
-NS, US, MS = 1e9, 1e6, 1e3
+MS = 1e3  # of a second
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class PhaseTable:
 def measure_phases(case: Case) -> PhaseTable:
     """The phases of ``case`` of workload ``throughput``, measured in this process."""
     dtype = getattr(torch, case.dtype)
-    layer = throughput.build_layer(case).to(device=case.device, dtype=dtype)
-    mode = throughput.MODES[case.mode](case, layer, dtype)
+    before = measure_ceilings(case.device, dtype)
+    mode = throughput.prepared(case)
     mode.start()
     keep_freed_memory(case.device)
     clock = PhaseClock(case.device)
@@ -51,9 +52,30 @@ def measure_phases(case: Case) -> PhaseTable:
     calls.warm_up()
     calls.take_pairs()
     counts = calls.count()
-    ceilings = measure_ceilings(case.device, dtype)
-    floor = operator_floor_us(case.device)
-    return table(calls, counts, ceilings, floor)
+    after = measure_ceilings(case.device, dtype)  # the better counts: something else may have had the cores
+    ceilings = Ceilings(max(before.flops, after.flops), max(before.bytes, after.bytes))
+    return table(calls, counts, ceilings, operator_floor_us(case.device))
+
+
+def measure_with_phases(case: Case) -> Measurement:
+    """What the workload measures of ``case``, and then its phases in two more calls, timed and counted.
+
+    Where these fail, the column ``phases_missing`` says why, and what was measured stands.
+    """
+    modes: list[throughput.Prefill] = []
+    measured = throughput.run(case, modes.append)
+    calls = Calls(case, modes[0], PhaseClock(case.device), sampler(case.device))
+    calls.index = 1  # the context of decode may have to be read in afresh
+    try:
+        calls.take_one()
+        counts = calls.count()
+    except (MemoryError, RuntimeError) as error:  # torch's own for memory is one of these
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return dataclasses.replace(measured, columns=measured.columns | {"phases_missing": reason})
+    flops, moved = (float(str(measured.columns[f"ceiling_{n}_per_s"])) for n in ("tflop", "gb"))
+    ceilings = Ceilings(flops * 1e12, moved * 1e9)
+    rows = rows_of(calls, counts, ceilings, operator_floor_us(case.device))
+    return dataclasses.replace(measured, phases=rows)
 
 
 class Calls:
@@ -71,9 +93,9 @@ class Calls:
         return self.mode.steps
 
     def warm_up(self) -> None:
-        """One call of each kind; the memory that they need is kept from then on."""
-        self._call(lambda call: call())
-        self._call(self._listened)
+        """One call of each kind, or one alone where it takes longer than the budget."""
+        if self._call(lambda call: call()) <= self.case.budget_s * MS:
+            self._call(self._listened)
 
     def take_pairs(self) -> None:
         """Pairs of calls within the budget, but `LEAST_PAIRS` unless one alone exceeds it."""
@@ -87,6 +109,11 @@ class Calls:
             within = spent + longest <= self.case.budget_s
             if pairs >= MOST_PAIRS or (not within and (pairs >= LEAST_PAIRS or longest > self.case.budget_s)):
                 return
+
+    def take_one(self) -> None:
+        """One call with the clock on."""
+        self.on_ms.append(self._call(self._listened))
+        self.phases_ms.append(self.clock.milliseconds())
 
     def count(self) -> dict[str, Counts]:
         """What the operators of one more call compute and move; the call's time is nobody's."""
@@ -102,8 +129,7 @@ class Calls:
     def _pair(self) -> None:
         for on in (False, True) if len(self.on_ms) % 2 else (True, False):
             if on:
-                self.on_ms.append(self._call(self._listened))
-                self.phases_ms.append(self.clock.milliseconds())
+                self.take_one()
             else:
                 self.off_ms.append(self._call(lambda call: call()))
 
@@ -116,27 +142,35 @@ class Calls:
         return self.sample(lambda: how(lambda: self.mode.call(index)))[0]
 
 
-def table(calls: Calls, counts: dict[str, Counts], ceilings: Ceilings, floor_us: float) -> PhaseTable:
-    """The rows of what ``calls`` took and what the counted one did."""
+def rows_of(
+    calls: Calls, counts: dict[str, Counts], ceilings: Ceilings, floor_us: float
+) -> list[dict[str, Any]]:
+    """One row a phase: what ``calls`` with the clock on took, and what the counted one did."""
     entered, steps = calls.clock.entered(), calls.steps
     names = list(dict.fromkeys(name for call in calls.phases_ms for name in call))
     names.sort(key=lambda name: name == OTHER)
     samples = {name: [call.get(name, 0.0) / steps for call in calls.phases_ms] for name in names}
-    middle = {name: statistics.median(taken) for name, taken in samples.items()}
-    whole = sum(middle.values())
+    whole = sum(map(statistics.median, samples.values()))
     rows = []
     for name in names:
         row: dict[str, Any] = {"phase": name, "entered": entered.get(name, 1) / steps}
-        row |= _timed(samples[name]) | {"share": middle[name] / whole}
+        row |= _timed("ms", samples[name])
+        row["share"] = row["ms_p50"] / whole
         rows.append(row | against_roofline(row["ms_p50"], counts[name], steps, ceilings, floor_us))
-    total: dict[str, Any] = _timed([ms / steps for ms in calls.on_ms])
-    total |= {f"off_{name}": value for name, value in _timed([ms / steps for ms in calls.off_ms]).items()}
+    return rows
+
+
+def table(calls: Calls, counts: dict[str, Counts], ceilings: Ceilings, floor_us: float) -> PhaseTable:
+    """The rows of `rows_of`, and the step as a whole."""
+    rows, steps = rows_of(calls, counts, ceilings, floor_us), calls.steps
     ratios = [on / off for on, off in zip(calls.on_ms, calls.off_ms, strict=True)]
-    interval = median_interval(ratios)
-    total |= {
+    low, high = median_interval(ratios) or (None, None)
+    total: dict[str, Any] = {
+        **_timed("ms", [ms / steps for ms in calls.on_ms]),
+        **_timed("off_ms", [ms / steps for ms in calls.off_ms]),
         "overhead_ratio": statistics.median(ratios),
-        "overhead_ratio_lo": interval[0] if interval else None,
-        "overhead_ratio_hi": interval[1] if interval else None,
+        "overhead_ratio_lo": low,
+        "overhead_ratio_hi": high,
         "samples": len(ratios),
         "steps_a_call": steps,
         "tokens_a_step": calls.mode.step_tokens,
@@ -154,9 +188,9 @@ def table(calls: Calls, counts: dict[str, Counts], ceilings: Ceilings, floor_us:
     return PhaseTable(rows, total)
 
 
-def _timed(samples: list[float]) -> dict[str, Any]:
+def _timed(name: str, samples: list[float]) -> dict[str, Any]:
     low, high = median_interval(samples) or (None, None)
-    return {"ms_p50": statistics.median(samples), "ms_lo": low, "ms_hi": high}
+    return {f"{name}_p50": statistics.median(samples), f"{name}_lo": low, f"{name}_hi": high}
 
 
 def against_roofline(

@@ -9,13 +9,14 @@ from typing import Any
 
 from fwpkm_bench.executors.local import LocalExecutor
 from fwpkm_bench.measure.environment import describe
-from fwpkm_bench.profiling import phases
+from fwpkm_bench.measurement import UnsupportedError
+from fwpkm_bench.profiling import host, memory, page, phases, pictures, trace
 from fwpkm_bench.profiling.folder import PARTS, ProfileFolder, write_profile, write_table
 from fwpkm_bench.profiling.spec import Profile
 from fwpkm_bench.spec import Case
 
-Outcome = dict[str, Any]  # part, status, reason, elapsed_s
-Part = Callable[[Case, Path, float, LocalExecutor], tuple[str, str]]
+Outcome = dict[str, Any]  # part, status, reason, elapsed_s, figures
+Part = Callable[[Case, Path, float, LocalExecutor], Outcome]
 
 
 def run(
@@ -28,15 +29,19 @@ def run(
         with ProfileFolder(out) as folder:
             for name in profile.chosen_parts(case):
                 started = time.monotonic()
-                status, reason = PART[name](case, folder.work, profile.timeout_s, executor)
-                elapsed = round(time.monotonic() - started, 3)
-                outcomes.append({"part": name, "status": status, "reason": reason, "elapsed_s": elapsed})
+                outcome = {"part": name, **PART[name](case, folder.work, profile.timeout_s, executor)}
+                outcomes.append(outcome | {"elapsed_s": round(time.monotonic() - started, 3)})
                 show(outcomes[-1])
             if any(outcome["status"] == "ok" for outcome in outcomes):
-                write_table(folder.work / PARTS, outcomes)
+                names = ("part", "status", "reason", "elapsed_s")
+                write_table(folder.work / PARTS, [{name: o[name] for name in names} for o in outcomes])
                 content = {"command": command, "case_id": case.case_id, "case": dataclasses.asdict(case)}
                 write_profile(folder.work, content | {"parts": outcomes, "environment": describe()})
-                folder.keep()
+                try:
+                    pictures.draw_all(folder.work)
+                    page.write(folder.work)
+                finally:
+                    folder.keep()
     finally:
         executor.stop()
     return outcomes
@@ -44,12 +49,34 @@ def run(
 
 def _in_process(
     measure: Callable[..., Any], case: Case, folder: Path, timeout_s: float, executor: LocalExecutor
-) -> tuple[str, str]:
+) -> Outcome:
     """``measure(case, folder=folder)`` in a process of its own, as a case of a sweep is."""
-    outcome = executor.run(case, timeout_s, partial(measure, folder=folder))
-    return outcome["status"], outcome["reason"]
+    found = executor.run(case, timeout_s, partial(measure, folder=folder))
+    return {"status": found["status"], "reason": found["reason"], "figures": found["columns"]}
+
+
+def _watched(
+    tool: Callable[[Case, Path, float], dict[str, Any]],
+    case: Case,
+    folder: Path,
+    timeout_s: float,
+    _executor: LocalExecutor,
+) -> Outcome:
+    """What ``tool`` finds out in processes that it starts itself."""
+    try:
+        return {"status": "ok", "reason": "", "figures": tool(case, folder, timeout_s)}
+    except UnsupportedError as error:
+        return {"status": "unsupported", "reason": str(error), "figures": {}}
+    except (OSError, ValueError, KeyError) as error:
+        return {"status": "crashed", "reason": f"{type(error).__name__}: {error}", "figures": {}}
 
 
 PART: dict[str, Part] = {
     "phases": partial(_in_process, phases.record),
+    "trace": partial(_in_process, trace.record),
+    "host": partial(_watched, host.sample),
+    "memory": partial(_in_process, memory.record),
+    "kernels": partial(_watched, host.kernels),
+    "ncu": partial(_watched, host.compute),
+    "nsys": partial(_watched, host.systems),
 }

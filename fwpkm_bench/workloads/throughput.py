@@ -9,6 +9,7 @@ and least bytes are of a step.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,12 +193,18 @@ class Decode(Prefill):
 MODES: dict[str, type[Prefill]] = {"prefill": Prefill, "train": Train, "decode": Decode}
 
 
-def run(case: Case) -> Measurement:
-    """Measure one case in this process."""
+def prepared(case: Case) -> Prefill:
+    """The mode of ``case`` with its layer and inputs, warmed up and before its first call."""
     dtype = getattr(torch, case.dtype)
-    started = time.perf_counter()
     layer = build_layer(case).to(device=case.device, dtype=dtype)
-    mode = MODES[case.mode](case, layer, dtype)
+    return MODES[case.mode](case, layer, dtype)
+
+
+def run(case: Case, look: Callable[[Prefill], None] = lambda mode: None) -> Measurement:
+    """Measure one case in this process; ``look`` gets its mode once all is timed."""
+    started = time.perf_counter()
+    mode = prepared(case)
+    layer = mode.layer
     sample = sampler(case.device)  # what it holds on a GPU is none of the layer's memory
     memory = PeakMemory(case.device)
     columns: dict[str, Any] = {}
@@ -226,7 +233,8 @@ def run(case: Case) -> Measurement:
         "parameters": sum(p.numel() for p in layer.parameters()),
     }
     columns |= (own := mode.columns())
-    ceilings = measure_ceilings(case.device, dtype)
+    look(mode)
+    ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     columns |= ceilings.columns(
         flops=own["model_flops"], moved=own["least_bytes"], seconds=columns["latency_ms_p50"] / 1e3
     )
