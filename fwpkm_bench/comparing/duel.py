@@ -4,8 +4,10 @@ All three processes stay for the rounds of an invocation, one at work and two wa
 afresh, because where a process finds its memory makes it a few percent faster or slower for life.
 """
 
+import itertools
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,10 +19,10 @@ from fwpkm_bench.comparing.remote import Remote
 from fwpkm_bench.comparing.sides import Side
 from fwpkm_bench.comparing.verdicts import AGAIN, LEAST_INVOCATIONS, Speed, Turn, speed
 
-TURN_S = 0.1  # a turn is as many calls as this takes, and counts as their median
+TURN_S = 0.25  # a turn is as many calls as this takes, after one untimed, and counts as their median
 MOST_CALLS = 100
-MOST_ROUNDS = 12  # of an invocation
-TIGHT = 0.5  # of the threshold: an interval that narrow ends the duel
+LEAST_ROUNDS, MOST_ROUNDS = 2, 12  # of an invocation, if the budget has room for them
+TIGHT = 1.0  # of the threshold: an interval that narrow ends the duel
 
 
 @dataclass
@@ -53,7 +55,7 @@ def fight(
     show: Callable[[int, Speed], None],
 ) -> None:
     """Time both sides, adding to ``fought``; the first calls' outputs go to the files ``outputs``. ``check``
-    looks at the first invocation before anything is timed, and may end it.
+    looks at the first invocation, in which nothing is timed, and may end it.
 
     Raises:
         SideError: a side fails; ``fought`` has what came before.
@@ -61,51 +63,53 @@ def fight(
     sides = {"A": a, "B": b, AGAIN: a}
     chance = random.Random(0)
     began = time.monotonic()
-    invocation = 0
-    while True:
+
+    def start(stack: ExitStack, into: dict[str, Path]) -> dict[str, Remote]:
+        remotes: dict[str, Remote] = {}
+        for name in chance.sample(list(sides), len(sides)):
+            remotes[name] = stack.enter_context(Remote(sides[name], request, rules.timeout_s))
+            said = remotes[name].call("start", into=str(into.get(name, "")))
+            fought.starts.setdefault(name, []).append(said)
+        return remotes
+
+    with ExitStack() as stack:  # a rehearsal: what it writes disturbs, and so does what is new to the machine
+        start(stack, outputs)
+    if not check():
+        return
+    for invocation in itertools.count(1):
         started = time.monotonic()
         with ExitStack() as stack:
-            remotes: dict[str, Remote] = {}
-            for name in chance.sample(list(sides), len(sides)):
-                remotes[name] = stack.enter_context(Remote(sides[name], request, rules.timeout_s))
-                into = "" if invocation else str(outputs[name])
-                fought.starts.setdefault(name, []).append(remotes[name].call("start", into=into))
-            if invocation == 0 and not check():
-                return
+            remotes = start(stack, {})
             setup_s = time.monotonic() - started
             left_s = rules.budget_s - (time.monotonic() - began)
-            missing = max(1, LEAST_INVOCATIONS - invocation)  # this one and those that must follow
+            missing = max(1, LEAST_INVOCATIONS + 1 - invocation)  # this one and those that must follow
             affordable_s = (left_s - (missing - 1) * setup_s) / missing
-            _rounds(fought.turns, invocation, remotes, _call_s(fought), chance, min(setup_s, affordable_s))
-        invocation += 1
+            _play(fought, invocation, remotes, chance, setup_s=setup_s, affordable_s=affordable_s)
         fought.seconds = time.monotonic() - began
         said = speed(fought.turns, rules.threshold)
         show(invocation, said)
         tight = max(said.time.spread, said.noise.spread) < TIGHT * rules.threshold
-        if invocation >= LEAST_INVOCATIONS and tight:
+        spent = fought.seconds * (invocation + 2) / (invocation + 1) > rules.budget_s  # by one more
+        if spent or (tight and invocation >= LEAST_INVOCATIONS):
             return
-        if fought.seconds + fought.seconds / invocation > rules.budget_s:
-            return
 
 
-def _call_s(fought: Fought) -> float:
-    """What the slowest side takes for a call."""
-    return max(starts[-1]["call_ms"] for starts in fought.starts.values()) / 1e3
-
-
-def _rounds(
-    turns: list[Turn],
+def _play(
+    fought: Fought,
     invocation: int,
     remotes: dict[str, Remote],
-    call_s: float,
     chance: random.Random,
-    seconds: float,
+    *,
+    setup_s: float,
+    affordable_s: float,
 ) -> None:
-    """Rounds for about ``seconds``, but one at least, in a new order each, there and back."""
+    """Rounds for as long as it took to set up, one at the least, each in a new order, there and back."""
+    call_s = max(starts[-1]["call_ms"] for starts in fought.starts.values()) / 1e3
     calls = max(1, min(MOST_CALLS, math.ceil(TURN_S / call_s)))
     round_s = 2 * len(remotes) * calls * call_s
-    for number in range(max(1, min(MOST_ROUNDS, round(seconds / round_s)))):
+    wanted = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(setup_s / round_s)))
+    for number in range(max(1, min(wanted, int(affordable_s / round_s)))):
         order = chance.sample(list(remotes), len(remotes))
         for name in (*order, *reversed(order)):
-            samples = sorted(remotes[name].call("turn", calls=calls))
-            turns.append(Turn(name, invocation, number, samples[len(samples) // 2]))
+            samples = remotes[name].call("turn", calls=calls, warm=calls > 1)
+            fought.turns.append(Turn(name, invocation, number, statistics.median(samples)))

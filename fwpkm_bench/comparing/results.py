@@ -22,7 +22,7 @@ from fwpkm_bench.report import machine_line, markdown_table
 from fwpkm_bench.store import write_atomically
 
 COMPARISON = "comparison.json"
-HEADINGS = ["case", "results", "time, B / A", "99% interval", "noise (A / A)", "verdict", "memory", "recall"]
+HEADINGS = ["case", "results", "time, B / A", "95% interval", "noise (A / A)", "verdict", "memory", "recall"]
 WIDE = 140
 LEAST_SHARE = 0.1  # of the time lost: a phase that lost less is not named
 COLOURS = {"faster": 2, "slower": 3, "same": 0, "ambiguous": 7}  # of the palette

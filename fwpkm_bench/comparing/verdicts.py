@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import fisher_exact, mannwhitneyu, norm, t
 
-CONFIDENCE = 0.99  # an interval is looked at after each invocation: 95% would be wrong too often
+CONFIDENCE = 0.95
 SIGNIFICANT = 0.01
 RESAMPLES = 4000
 LEAST_INVOCATIONS = 4  # fewer make no interval
