@@ -12,6 +12,8 @@ TOOL = ROOT / "fwpkm_bench"
 RANK = [  # a module imports only from lines below its own
     {"__main__"},
     {"cli"},
+    {"commands.sweep", "commands.compare", "commands.profile", "commands.check"},
+    {"commands.options"},
     {"comparing.command", "profiling.command"},
     {"comparing.results", "comparing.runs"},
     {"compare", "profiling.run"},

@@ -226,11 +226,11 @@ def test_every_way_to_fail_is_a_row(tmp_path: Path) -> None:
 
 
 def test_a_run_without_any_interval_is_reported(tmp_path: Path) -> None:
-    from fwpkm_bench.cli import _report
+    from fwpkm_bench.commands.sweep import report_run
 
     sweep = Sweep(seq=(32, 64), layers=broken("SlowThenGreedy"), workloads=("throughput",), budget_s=0.01)
     run(sweep, tmp_path / "run")
-    frame = _report(tmp_path / "run")
+    frame = report_run(tmp_path / "run")
     assert list(frame["status"]) == ["ok", "oom"]
     assert list(frame["samples"].dropna()) == [1]
     assert "measured once" in (tmp_path / "run" / "report.md").read_text()
