@@ -2,45 +2,23 @@
 
 import itertools
 import tempfile
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fwpkm_bench.comparing import verdicts
+from fwpkm_bench.comparing.compared import COLUMNS, FAILED, INTERRUPTED, Compared
 from fwpkm_bench.comparing.duel import Fought, Rules, fight
 from fwpkm_bench.comparing.gate import Checked, Gate, compare_outputs
 from fwpkm_bench.comparing.remote import Remote, SideError
 from fwpkm_bench.comparing.sides import Side
-from fwpkm_bench.comparing.verdicts import Speed, Turn
+from fwpkm_bench.comparing.verdicts import Speed
 from fwpkm_bench.ranges import format_length
 
-INTERRUPTED, FAILED = "interrupted", "failed"
 PROFILE_S = 10.0  # a side
-WORSE = {"verdict": "slower", "memory": "more", "recall": "lower"}
-NOTHING_WORSE, REGRESSED, WRONG, NOT_MEASURED = 0, 1, 3, 4  # exit codes; 2 is usage
-COLUMNS = [
-    *(
-        "layer",
-        "settings",
-        "mode",
-        "seq",
-        "batch",
-        "dtype",
-        "device",
-        "backend_a",
-        "backend_b",
-        "status",
-        "reason",
-    ),
-    *("results", "worst_error", "verdict", "time_ratio", "time_ratio_lo", "time_ratio_hi", "p_value"),
-    *("noise_lo", "noise_hi", "tokens_per_s_a", "tokens_per_s_b", "invocations", "rounds"),
-    *("memory", "peak_memory_bytes_a", "peak_memory_bytes_b", "state_bytes_a", "state_bytes_b"),
-    *("recall", "recall_a", "recall_b", "seconds"),
-]
 
 
 @dataclass(frozen=True)
@@ -53,28 +31,6 @@ class Plan:
     rules: Rules  # the budget is that of a case
     seed: int = 0
     profile: bool = False  # both sides of what got slower
-
-
-@dataclass
-class Compared:
-    """Tidy rows: a case, a checked quantity, a turn, a phase of a side."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    checks: list[Checked] = field(default_factory=list)
-    turns: list[tuple[str, Turn]] = field(default_factory=list)
-    phases: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        if any(row["status"] == INTERRUPTED for row in self.rows):
-            return 130
-        if any(row["results"] == "wrong" for row in self.rows):
-            return WRONG
-        if any(row.get(name) == worse for row in self.rows for name, worse in WORSE.items()):
-            return REGRESSED
-        if not self.rows or any(row["status"] != "ok" or row["recall"] == FAILED for row in self.rows):
-            return NOT_MEASURED
-        return NOTHING_WORSE
 
 
 def requests(
@@ -244,21 +200,12 @@ def _memory_columns(fought: Fought, threshold: float, device: str) -> dict[str, 
     }
     states = {name: fought.starts[side][0]["state_bytes"] for name, side in (("a", "A"), ("b", "B"))}
     return {
-        "memory": memory_verdict(peaks["a"], peaks["b"], states["a"], states["b"], threshold, device),
+        "memory": verdicts.memory_and_state(
+            peaks["a"], peaks["b"], states["a"], states["b"], threshold, device
+        ),
         **{f"peak_memory_bytes_{name}": int(np.median(values)) for name, values in peaks.items()},
         **{f"state_bytes_{name}": value for name, value in states.items()},
     }
-
-
-def memory_verdict(
-    peaks_a: list[int], peaks_b: list[int], state_a: int, state_b: int, threshold: float, device: str
-) -> str:
-    """Of peak memory and of state together: ``more`` where either is."""
-    said = {
-        verdicts.memory(peaks_a, peaks_b, threshold, resident=device == "cpu"),
-        verdicts.memory([state_a], [state_b], threshold, resident=False),
-    }
-    return next((verdict for verdict in ("more", "less", "ambiguous") if verdict in said), "same")
 
 
 def _recall(plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
@@ -300,23 +247,3 @@ def ratio_text(ratio: verdicts.Ratio) -> str:
     """``1.02 (0.99 to 1.05)``."""
     interval = "" if ratio.lo is None else f" ({ratio.lo:.3f} to {ratio.hi:.3f})"
     return f"{ratio.ratio:.3f}{interval}"
-
-
-def summed_up(found: Compared) -> str:
-    """One line: how many cases came out how."""
-    said = {
-        "verdict": {v: v for v in ("slower", "faster", "same", "ambiguous")},
-        "memory": {v: f"with {v} memory" for v in ("more", "less", "ambiguous")},
-        "recall": {"lower": "with lower recall", "higher": "with higher recall", FAILED: "without recall"},
-        "results": {"wrong": "wrong"},
-    }
-    parts = []
-    for column, texts in said.items():
-        counts = Counter(row[column] for row in found.rows)
-        parts += [f"{counts[value]} {text}" for value, text in texts.items() if counts[value]]
-    if failed := sum(row["status"] not in ("ok", INTERRUPTED) for row in found.rows):
-        parts.append(f"{failed} not measured")
-    if any(row["status"] == INTERRUPTED for row in found.rows):
-        parts.append("interrupted")
-    cases = f"{len(found.rows)} {'case' if len(found.rows) == 1 else 'cases'}"
-    return f"{cases}: {', '.join(parts) or 'nothing worse'}"

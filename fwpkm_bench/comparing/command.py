@@ -13,8 +13,9 @@ from typing import Any
 import click
 
 from fwpkm_bench import catalog, spec
-from fwpkm_bench.compare import NOTHING_WORSE, Compared, Plan, compare, requests, summed_up
+from fwpkm_bench.compare import Plan, compare, requests
 from fwpkm_bench.comparing import results
+from fwpkm_bench.comparing.compared import NOTHING_WORSE, Compared, summed_up
 from fwpkm_bench.comparing.duel import Rules
 from fwpkm_bench.comparing.remote import USAGE, Remote, SideError
 from fwpkm_bench.comparing.runs import compare_runs, differences, unmatched

@@ -12,29 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fwpkm_bench
+from fwpkm_bench import catalog
 from fwpkm_bench.comparing.sides import Side
 from fwpkm_bench.measurement import UnsupportedError
 
 TOOL = Path(fwpkm_bench.__file__).parent
 PARTS = ("layers", "kernels")
+HARNESS = ("fwpkm_bench", "__main__", "__mp_main__")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a side's code is: nowhere else than the tool's own, where all is None."""
+    """Where the code of a side is that has a copy of its own."""
 
-    repository: Path | None  # what ``root`` is a copy of
-    root: Path | None
-    package: Path | None  # holds those of ``layers`` and ``kernels`` that the copy has
+    repository: Path  # what ``root`` is a copy of
+    root: Path
+    package: Path  # holds those of ``layers`` and ``kernels`` that the copy has
 
     @classmethod
-    def of(cls, side: Side) -> "Place":
-        return cls(side.repository, side.root, side.package)
+    def of(cls, side: Side) -> "Place | None":
+        """None where a side runs this tool's own layers."""
+        if side.repository is None or side.root is None or side.package is None:
+            return None
+        return cls(side.repository.resolve(), side.root.resolve(), side.package)
 
     def enter(self) -> None:
         """From now on this process runs the code of the side."""
-        if self.root is None or self.repository is None or self.package is None:
-            return
         os.chdir(self.root)
         sys.path[:] = [self._moved(entry) for entry in sys.path]
         if not any(self.package.iterdir()):
@@ -48,41 +51,31 @@ class Place:
         fwpkm_bench.__path__.insert(0, str(self.package))
 
     def check(self, layer: str) -> None:
-        """Refuse a ``layer`` of this package that the copy lacks, and modules from the repository itself.
+        """Refuse a ``layer`` that the copy lacks, and modules from the repository itself.
 
         Raises:
             UnsupportedError: naming what is not the side's own.
         """
-        if self.root is None or self.repository is None or self.package is None:
-            return
-        if (
-            any(self.package.iterdir())
-            and layer.isidentifier()
-            and not (self.package / "layers" / layer).is_dir()
-        ):
+        if not catalog.is_file(layer) and not (self.package / "layers" / layer).is_dir():
             raise UnsupportedError(f"it has no layer {layer!r}")
-        root, repository = self.root.resolve(), self.repository.resolve()
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
-            if file is None or name.partition(".")[0] in ("fwpkm_bench", "__mp_main__"):
+            if file is None or name.partition(".")[0] in HARNESS:
                 continue
             path = Path(file).resolve()
-            inside = path.is_relative_to(repository) and not path.is_relative_to(root)
-            if inside and "site-packages" not in path.parts:
-                raise UnsupportedError(
-                    f"its layer imports {name} from {path}, not from the copy of this side"
-                )
+            if self._is_inside(path) and not path.is_relative_to(self.root):
+                raise UnsupportedError(f"it imports {name} from {path}, not from the copy of this side")
 
     def _moved(self, entry: str) -> str:
         """An entry of the search path, in the copy where it lies in the repository."""
-        assert self.root is not None
-        assert self.repository is not None
         path = Path(entry).resolve() if entry else self.repository
-        tool = (
-            TOOL.parent == self.repository and path == self.repository
-        )  # an installed checkout: the harness
-        inside = path.is_relative_to(self.repository) and "site-packages" not in path.parts
-        return str(self.root / path.relative_to(self.repository)) if inside and not tool else entry
+        if path == TOOL.parent or not self._is_inside(path):
+            return entry  # the harness itself stays where it is
+        return str(self.root / path.relative_to(self.repository))
+
+    def _is_inside(self, path: Path) -> bool:
+        """Whether ``path`` is code of the repository's own."""
+        return path.is_relative_to(self.repository) and "site-packages" not in path.parts
 
 
 def lend(module: str) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fwpkm_bench.compare import COLUMNS, FAILED, WORSE, Compared, summed_up
+from fwpkm_bench.comparing.compared import COLUMNS, FAILED, WORSE, Compared, summed_up
 from fwpkm_bench.errors import UsageError
 from fwpkm_bench.plot import byte_name, save, use_style
 from fwpkm_bench.ranges import format_length
@@ -86,7 +86,8 @@ def print_table(found: Compared) -> None:
 
 def _page(found: Compared, about: dict[str, Any], picture: bool) -> list[str]:
     lines = ["# fwpkm-bench compare", "", f"`{about['command']}`", "", machine_line(about["environment"]), ""]
-    lines += [f"- A: {about['a']['label']}", f"- B: {about['b']['label']}", *about["warnings"], ""]
+    lines += [f"- A: {about['a']['label']}", f"- B: {about['b']['label']}"]
+    lines += [*(f"- {warning}" for warning in about["warnings"]), ""]
     if picture:
         lines += ["![The time of B over that of A, by case](compare.png)", ""]
     lines += markdown_table(HEADINGS, [_cells(row) for row in found.rows])

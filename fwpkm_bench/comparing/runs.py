@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fwpkm_bench.compare import COLUMNS, Compared, memory_verdict
 from fwpkm_bench.comparing import verdicts
+from fwpkm_bench.comparing.compared import COLUMNS, Compared
 from fwpkm_bench.errors import UsageError
 from fwpkm_bench.store import read_journal, read_run
 
@@ -118,7 +118,7 @@ def _row(mine: dict[str, Any], theirs: dict[str, Any], threshold: float) -> dict
     peak_a, peak_b, state_a, state_b = (
         row[f"{name}_{side}"] for name in ("peak_memory_bytes", "state_bytes") for side in "ab"
     )
-    row["memory"] = memory_verdict([peak_a], [peak_b], state_a, state_b, threshold, row["device"])
+    row["memory"] = verdicts.memory_and_state([peak_a], [peak_b], state_a, state_b, threshold, row["device"])
     return row
 
 

@@ -167,6 +167,17 @@ def memory(a: Sequence[int], b: Sequence[int], threshold: float, *, resident: bo
     return "more" if more else "less"
 
 
+def memory_and_state(
+    peaks_a: list[int], peaks_b: list[int], state_a: int, state_b: int, threshold: float, device: str
+) -> str:
+    """Of peak memory and of state together: ``more`` where either is."""
+    said = {
+        memory(peaks_a, peaks_b, threshold, resident=device == "cpu"),
+        memory([state_a], [state_b], threshold, resident=False),
+    }
+    return next((verdict for verdict in ("more", "less", "ambiguous") if verdict in said), "same")
+
+
 def recall(a: tuple[int, int], b: tuple[int, int], threshold: float) -> str:
     """``higher`` or ``lower`` where B's share, ``(right, asked)``, is significantly another (Fisher's test),
     and by more than ``threshold`` as a ratio."""
