@@ -269,8 +269,7 @@ def cases(sweep: Sweep) -> list[Case]:
 
 def _backends(sweep: Sweep, layer: Any, dtype: str) -> list[str]:
     """Those of the sweep's that ``layer`` has, each once; the first where it has none, to be told so."""
-    best = layer.best_backend(sweep.device, dtype)
-    asked = [best if name == BEST else name for name in sweep.backend]
+    asked = [layer.best_backend(sweep.device, dtype) if name == BEST else name for name in sweep.backend]
     return list(dict.fromkeys(name for name in asked if name in layer.backends)) or asked[:1]
 
 

@@ -87,7 +87,7 @@ class Bench:
         """
         settings = shrunk(self.case.layer_settings)
         layer = throughput.build_layer(dataclasses.replace(self.case, layer_settings=settings, seed=seed))
-        half = self.case.backend in layer.half_backends
+        half = self.case.backend in getattr(layer, "half_backends", ())  # an older side may not say
         dtype = dtype or ("bfloat16" if half else "float32")
         if draw:
             save_file(layer.state_dict(), parameters)
