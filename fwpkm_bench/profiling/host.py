@@ -47,7 +47,10 @@ def sample(case: Case, folder: Path, timeout_s: float) -> dict[str, Any]:
         write_atomically(folder / SPEEDSCOPE, json.dumps(profile))
         write_table(folder / HOST, functions(profile))
         watch([*record, "flamegraph", "--output", str(picture), "--"], case, timeout_s)
-        shutil.copyfile(picture, folder / FLAMES)
+        flames = picture.read_text(encoding="utf-8")
+    for path in (Path(sys.executable).parent, ROOT, Path(tempfile.gettempdir())):
+        flames = flames.replace(f"{path}/", "")  # a profile is published, and where it was made is nobody's
+    write_atomically(folder / FLAMES, flames)
     return said
 
 
@@ -163,8 +166,9 @@ def reason(said: str) -> str:
 
 
 def cut(profile: dict[str, Any]) -> dict[str, Any]:
-    """A speedscope ``profile`` without what is not below the calls of the case: imports, set-up."""
-    frames = profile["shared"]["frames"]
+    """A speedscope ``profile`` without what is not below the calls of the case (imports, set-up), and with
+    files as seen from where Python finds them."""
+    frames = [frame | {"file": _shortened(frame.get("file") or "")} for frame in profile["shared"]["frames"]]
     roots = {index for index, frame in enumerate(frames) if frame["name"].split(" ")[0] == CALLS}
     kept = []
     for thread in profile["profiles"]:
@@ -174,7 +178,7 @@ def cut(profile: dict[str, Any]) -> dict[str, Any]:
             samples, weights = map(list, zip(*inside, strict=True))
             kept.append({**thread, "samples": samples, "weights": weights, "startValue": 0.0})
             kept[-1]["endValue"] = sum(weights)
-    return {**profile, "profiles": kept}
+    return {**profile, "profiles": kept, "shared": {**profile["shared"], "frames": frames}}
 
 
 def _place(stack: list[int], roots: set[int]) -> int:
@@ -204,8 +208,11 @@ def functions(profile: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _line(frame: dict[str, Any]) -> tuple[str, str, int]:
-    file = frame.get("file") or ""
+    return frame["name"].split(" (")[0], frame.get("file") or "", int(frame.get("line") or 0)
+
+
+def _shortened(file: str) -> str:
     for folder in (ROOT, *map(Path, sys.path)):
         if folder.parts[1:] and Path(file).is_relative_to(folder):
             file = str(Path(file).relative_to(folder))
-    return frame["name"].split(" (")[0], file, int(frame.get("line") or 0)
+    return file
