@@ -17,6 +17,7 @@ from fwpkm_bench.comparing.remote import Remote, SideError
 from fwpkm_bench.comparing.sides import Side
 from fwpkm_bench.comparing.verdicts import Speed
 from fwpkm_bench.ranges import format_length
+from fwpkm_bench.tables import layer_name
 
 PROFILE_S = 10.0  # a side
 
@@ -52,7 +53,7 @@ def label(request: dict[str, Any]) -> str:
     (layer,), (mode,), (seq,) = request["layers"], request["modes"], request["seq"]
     (batch,), (dtype,) = request["batch"], request["dtype"]
     unusual = [f"B {batch}"] * (batch != 1) + [dtype] * (dtype != "float32")
-    return " ".join([layer, mode, format_length(seq), *unusual])
+    return " ".join([layer_name(layer), mode, format_length(seq), *unusual])
 
 
 def compare(plan: Plan, say: Callable[[str], None]) -> Compared:

@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each would wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -12,6 +16,11 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported; on a GPU `fwpkm-bench verify` checks them
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def heed_interrupts() -> None:
+    """For a child process: one that is started in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from fwpkm_bench.comparing.sides import export
 from fwpkm_bench.comparing.verdicts import AGAIN, Turn, speed
 from fwpkm_bench.spec import Sweep
 from fwpkm_bench.store import JOURNAL
+from tests.conftest import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYER = "mine.py:Mean"
@@ -69,7 +70,7 @@ def test_the_interval_covers_the_truth(invocations: int) -> None:
         speed(turns(1.1, luck=0.02, seed=seed, invocations=invocations), THRESHOLD).time
         for seed in range(100)
     ]
-    assert sum(ratio.lo <= 1.1 <= ratio.hi for ratio in found if ratio.lo and ratio.hi) >= 97
+    assert sum(ratio.lo <= 1.1 <= ratio.hi for ratio in found if ratio.lo and ratio.hi) >= 93
 
 
 def test_few_invocations_make_no_verdict() -> None:
@@ -449,6 +450,7 @@ def test_interrupted(repository: Path) -> None:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     for line in process.stderr:
         if "2 x 3 processes" in line:

@@ -17,6 +17,7 @@ from fwpkm_bench.errors import UsageError
 from fwpkm_bench.spec import Sweep, cases
 from fwpkm_bench.store import JOURNAL, RECORD_KEYS, RUN, TORN, RunFolder, read_journal, write_atomically
 from fwpkm_bench.tables import summary, table, write_tables
+from tests.conftest import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = ROOT / "tests" / "broken_layers.py"
@@ -290,7 +291,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(tmp_path: Path) -> None
 
 def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
     command = write_sweep(tmp_path)
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     assert process.stderr is not None
     first = process.stderr.readline()
     process.send_signal(signal.SIGINT)

@@ -20,6 +20,7 @@ from fwpkm_bench.plot import byte_name, save, use_style
 from fwpkm_bench.ranges import format_length
 from fwpkm_bench.report import machine_line, markdown_table
 from fwpkm_bench.store import write_atomically
+from fwpkm_bench.tables import layer_name
 
 COMPARISON = "comparison.json"
 HEADINGS = ["case", "results", "time, B / A", "95% interval", "noise (A / A)", "verdict", "memory", "recall"]
@@ -119,7 +120,12 @@ def _apart(row: dict[str, Any]) -> bool:
 
 
 def _name(row: dict[str, Any]) -> str:
-    parts = [row["layer"], row["settings"] or "", row["mode"] or "recall", format_length(int(row["seq"]))]
+    parts = [
+        layer_name(row["layer"]),
+        row["settings"] or "",
+        row["mode"] or "recall",
+        format_length(int(row["seq"])),
+    ]
     parts += [f"B {row['batch']}"] * (row["batch"] != 1) + [row["dtype"]] * (row["dtype"] != "float32")
     return " ".join(filter(None, parts))
 
