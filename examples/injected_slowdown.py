@@ -59,7 +59,7 @@ def main() -> int:
     )  # the waiting is forward's
     parser.add_argument("--slowdown", type=float, default=0.15)
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--budget", default="30s")
+    parser.add_argument("--budget", default="45s")
     parser.add_argument("--out", type=Path, default=Path("results/injected_slowdown.csv"))
     asked = parser.parse_args()
     args = ("--layers", asked.layer, "--seq", asked.seq, "--modes", asked.mode, "--budget", asked.budget)

@@ -17,10 +17,8 @@ class Measurement:
 
 
 SLACK = 20.0  # how much more than the reference in float32 a backend may lose
-LEAST, MOST = (
-    1e-6,
-    2e-3,
-)  # what any may lose; and what none may, so that inputs which ask for it are drawn anew
+LEAST = 1e-6  # what any backend may lose
+MOST = 2e-3  # what none may: inputs that would ask for it hold a near tie, and are drawn anew
 HALF = 2e-2  # what one may lose that computes in half precision
 INPUTS = 10  # drawn at most in search of some that the reference itself has no trouble with
 

@@ -13,7 +13,6 @@ from typing import Any
 from fwpkm_bench.errors import UsageError, choose
 from fwpkm_bench.executors.local import LocalExecutor
 from fwpkm_bench.measure.environment import describe
-from fwpkm_bench.profiling.phases import measure_with_phases
 from fwpkm_bench.spec import DEVICES, Case, Sweep, cases
 from fwpkm_bench.store import RunFolder
 from fwpkm_bench.tables import write_tables
@@ -119,7 +118,7 @@ def _records(
         if case.series in hopeless:
             outcome = {"status": "skipped", "reason": hopeless[case.series], "columns": {}}
         else:
-            phased = measure_with_phases if profile and case.workload == "throughput" else None
+            phased = _phased() if profile and case.workload == "throughput" else None
             outcome = executor.run(case, timeout_s, phased)
         elapsed = time.monotonic() - started
         record = {"case_id": case.case_id, "case": dataclasses.asdict(case), **outcome}
@@ -128,6 +127,13 @@ def _records(
         _note_hopeless(hopeless, case, record)
         yield record
         show(Progress(case, done + 1, len(planned), estimate.seconds(left[index + 1 :]), record))
+
+
+def _phased() -> Callable[[Case], Any]:
+    """The measurement that looks at phases too; it brings torch along, which planning does without."""
+    from fwpkm_bench.profiling.phases import measure_with_phases
+
+    return measure_with_phases
 
 
 def _note_hopeless(hopeless: dict[str, str], case: Case, record: dict[str, Any]) -> None:

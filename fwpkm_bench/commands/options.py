@@ -30,10 +30,10 @@ def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> t
 def seconds(_ctx: click.Context, option: click.Parameter, value: str) -> float:
     """``90``, ``90s`` or ``1.5m`` in seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|)", value.strip())
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if not 0 < seconds <= LONGEST_S:
+    found = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not 0 < found <= LONGEST_S:
         raise UsageError(f"--{option.name} takes a time such as 90s or 5m, above 0; {value!r} is none")
-    return seconds
+    return found
 
 
 def interrupt_on(number: int) -> None:

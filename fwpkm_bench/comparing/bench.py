@@ -101,9 +101,7 @@ class Bench:
     def start(self, into: str) -> dict[str, Any]:
         """Build the case and run it until it has settled; the first call's results go to ``into``."""
         case = self.case
-        dtype = getattr(torch, case.dtype)
-        layer = throughput.build_layer(case).to(device=case.device, dtype=dtype)
-        self.mode = throughput.MODES[case.mode](case, layer, dtype)
+        self.mode = throughput.prepared(case)
         self.sample = sampler(case.device)
         memory = PeakMemory(case.device)
         self.mode.start()
@@ -113,7 +111,7 @@ class Bench:
         keep_freed_memory(case.device)
         self.mode.inspect(result)
         if into:
-            save_file(self._outputs(layer, result), into)
+            save_file(self._outputs(result), into)
         del result
         started = time.perf_counter()
         milliseconds = first_ms
@@ -126,7 +124,7 @@ class Bench:
             "state_bytes": self.mode.state_bytes,
             "call_ms": milliseconds,
             "step_tokens": self.mode.step_tokens,
-            "parameters": fingerprint(layer),
+            "parameters": fingerprint(self.mode.layer),
         }
 
     def turn(self, calls: int, warm: bool) -> list[float]:
@@ -153,14 +151,14 @@ class Bench:
         self.index += 1
         return found
 
-    def _outputs(self, layer: Any, result: Any) -> dict[str, Tensor]:
+    def _outputs(self, result: Any) -> dict[str, Tensor]:
         """Outputs, what the state makes of some more tokens, and the gradient of the input."""
         if isinstance(result, list):  # of decoded tokens
             found = {"output": torch.cat(result, 1)}
         else:
             more = self.mode.inputs[-1][:, :AFTER].detach()
             with torch.no_grad():
-                found = {"output": result[0], "output after": layer(more, result[1].detach())[0]}
+                found = {"output": result[0], "output after": self.mode.layer(more, result[1].detach())[0]}
         if (gradient := self.mode.inputs[0].grad) is not None:
             found["gradient: x"] = gradient
         return {name: tensor.detach().float().cpu().contiguous() for name, tensor in found.items()}

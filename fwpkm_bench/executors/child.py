@@ -13,6 +13,7 @@ from typing import Any
 
 import fwpkm_bench
 
+# What processes may be asked to run is read once, so that an edit meanwhile changes nothing in a run.
 PRELOADED = ["fwpkm_bench.worker", "fwpkm_bench.comparing.bench"]
 TOOL = Path(fwpkm_bench.__file__).parents[1]
 PATIENCE_S = 5.0  # for a process that has sent its outcome to end
