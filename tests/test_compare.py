@@ -303,12 +303,13 @@ def test_a_side_that_fails_is_named(repository: Path, before: str, after: str, s
     assert result.output.splitlines()[-1] == "1 case: 1 not measured"
 
 
+@pytest.mark.slow  # the limit leaves the other side time enough on a slow machine
 def test_a_side_that_hangs_is_named(repository: Path) -> None:
-    edit(repository, "            sums = ", "            import time; time.sleep(60)\n            sums = ")
-    result = compare("HEAD", "--timeout", "4s")
+    edit(repository, "            sums = ", "            import time; time.sleep(600)\n            sums = ")
+    result = compare("HEAD", "--timeout", "30s")
     assert result.exit_code == 4, result.output
     assert "side B, working tree" in result.output
-    assert "no answer in 4 s" in result.output
+    assert "no answer in 30 s" in result.output
 
 
 def test_a_layer_that_a_ref_lacks(repository: Path) -> None:
@@ -351,14 +352,14 @@ def test_the_other_checkout_is_what_runs(monkeypatch, tmp_path: Path) -> None:
 
 
 def test_the_phase_that_lost_time_is_named(repository: Path, tmp_path: Path) -> None:
-    edit(repository, "            mean = sums", "            import time; time.sleep(0.02); mean = sums")
+    edit(repository, "            mean = sums", "            import time; time.sleep(0.1); mean = sums")
     sides = (export(repository, ref, name, tmp_path) for ref, name in (("main", "A"), (None, "B")))
     (request,) = requests(
         (LAYER,), ("prefill",), (64,), (1,), ("float32",), device="cpu", size="", seeds=(0,)
     )
     rows = phases_of(Plan(*sides, [request], Rules()), request)
     assert rows[0]["phase"] == "mean"
-    assert rows[0]["ms_more"] > 19
+    assert rows[0]["ms_more"] > 50
     assert rows[0]["share_b"] > 0.5
     assert {row["phase"] for row in rows} == {"sum", "mean", "projections", "other"}
 
