@@ -19,6 +19,7 @@ from fwpkm_bench.tables import write_tables
 
 FIRST_GUESS_S = 3.0
 TABLE_EVERY_S = 5.0
+TABLE_SHARE = 0.05  # of the time of a run, at most, for tables before its end
 HOPELESS = ("oom", "timeout")  # at one length, so at every longer one
 
 
@@ -81,13 +82,14 @@ def run(
         folder.start({"command": command, "sweep": dataclasses.asdict(sweep), "environment": environment})
         commit = (environment["git"] or {}).get("commit")
         try:
-            written = 0.0
+            due = 0.0
             finished = [r for r in folder.records if r["status"] == "ok" or not retry]
             for record in _records(planned, finished, sweep.timeout_s, executor, show, profile):
                 folder.append({**record, "commit": commit})
-                if time.monotonic() - written > TABLE_EVERY_S:
+                if (began := time.monotonic()) > due:
                     write_tables(out)
-                    written = time.monotonic()
+                    took = time.monotonic() - began
+                    due = began + max(TABLE_EVERY_S, took / TABLE_SHARE)
         finally:
             executor.stop()
             write_tables(out)

@@ -21,7 +21,7 @@ from tests.conftest import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = ROOT / "tests" / "broken_layers.py"
-PACKAGED = ("softmax", "linear", "gdn", "pkm", "fwpkm")
+SMALL = Sweep(seq=(256, 512), budget_s=0.05, layers=("softmax", "linear", "gdn", "pkm", "fwpkm"))
 
 
 def broken(*names: str) -> tuple[str, ...]:
@@ -38,13 +38,13 @@ def run(sweep: Sweep, out: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("small") / "run"
-    run(Sweep(seq=(256, 512), budget_s=0.05, seeds=(0, 1), layers=PACKAGED), out)
+    run(SMALL, out)
     return out
 
 
 def test_a_row_for_every_case(small_run: Path) -> None:
     rows = pd.read_csv(small_run / "table.csv")
-    assert len(rows) == 2 * 2 * 2 * 5  # lengths, seeds, workloads, layers
+    assert len(rows) == 2 * 2 * 5  # lengths, workloads, layers
     assert rows["case_id"].is_unique
     assert set(rows["status"]) == {"ok"}
     speed = rows[rows["workload"] == "throughput"]
@@ -53,7 +53,7 @@ def test_a_row_for_every_case(small_run: Path) -> None:
     assert (speed["seq"] / speed["tokens_per_s"] * 1e3).to_numpy() == pytest.approx(speed["latency_ms_p50"])
     assert speed["recall"].isna().all()  # what does not apply is empty, never 0
     assert (speed["flop_ceiling_share"].between(0, 1)).all()
-    assert rows["fwpkm.topk"].notna().sum() == 8
+    assert rows["fwpkm.topk"].notna().sum() == 4
     assert rows["seq"].dtype.kind == "i"
 
 
@@ -66,7 +66,7 @@ def test_raw_samples_are_kept(small_run: Path) -> None:
 
 def test_summary_puts_speed_and_recall_side_by_side(small_run: Path) -> None:
     short = pd.read_csv(small_run / "summary.csv").set_index(["layer", "seq"])
-    assert len(short) == 10  # seeds are pooled
+    assert len(short) == 10
     assert (short["status"] == "ok").all()
     for name in ("tokens_per_s", "peak_memory_bytes", "state_bytes", "recall", "recall_lo", "recall_hi"):
         assert short[name].notna().all(), name
@@ -78,6 +78,15 @@ def test_summary_puts_speed_and_recall_side_by_side(small_run: Path) -> None:
     assert short.loc[("pkm", 512), "state_bytes"] == 0
 
 
+def test_seeds_are_pooled(tmp_path: Path) -> None:
+    run(Sweep(seq=(256,), budget_s=0.02, seeds=(0, 1), layers=("gdn",)), tmp_path / "run")
+    rows = table(tmp_path / "run").set_index("workload")
+    assert len(rows) == 4
+    (short,) = summary(table(tmp_path / "run")).to_dict("records")
+    assert short["recall"] == pytest.approx(rows.loc["recall", "recall"].mean())
+    assert short["tokens_per_s"] == pytest.approx(rows.loc["throughput", "tokens_per_s"].median())
+
+
 def test_run_json_says_what_and_where(small_run: Path) -> None:
     run_record = json.loads((small_run / RUN).read_text())
     assert run_record["sweep"]["seq"] == [256, 512]
@@ -86,8 +95,7 @@ def test_run_json_says_what_and_where(small_run: Path) -> None:
 
 def test_running_again_runs_nothing(small_run: Path) -> None:
     before = (small_run / JOURNAL).read_bytes()
-    sweep = Sweep(seq=(256, 512), budget_s=0.05, seeds=(0, 1), layers=PACKAGED)
-    assert run(sweep, small_run) == []
+    assert run(SMALL, small_run) == []
     assert (small_run / JOURNAL).read_bytes() == before
 
 
