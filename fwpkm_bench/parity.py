@@ -42,8 +42,7 @@ VARIANTS = (
     Variant("two-heads", {"heads": 2, "topk": 5}),
     Variant("narrow", {"n_subkeys": 40, "value_dim": 20}),
     Variant("many-subkeys", {"n_subkeys": 521, "value_dim": 20}),  # more than a block of scores holds, odd
-    # Of FwPKM alone: the references of the other layers compute in the type of their input.
-    Variant("bfloat16", {"write_rule": "paper"}, half=True),
+    Variant("bfloat16", half=True),
 )
 
 

@@ -102,6 +102,17 @@ def test_half_precision_keeps_a_float32_state():
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_memory_alone(backend):
+    outcomes = []
+    for on in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            output, state = gated_delta_rule(*(tensor.float() for tensor in draw(2, 70)[:5]), backend=backend)
+        outcomes.append([output, state])
+    for plain, autocast in zip(*outcomes, strict=True):
+        assert torch.equal(plain, autocast)
+
+
 def test_detach_cuts_the_graph_and_keeps_the_bytes():
     _, state = LAYER(SMALL)(torch.randn(2, 3, SMALL.width))
     assert state.memory.requires_grad

@@ -39,6 +39,7 @@ RANK = [  # a module imports only from lines below its own
     {
         "errors",
         "kernels.phases",
+        "kernels.precision",
         "kernels.product_key",
         "kernels.slots",
         "kernels.triton_support",

@@ -145,3 +145,20 @@ def test_sparse_gradients_are_the_dense_ones():
     assert ((tables[1].detach() - before).abs().sum(1) > 0).equal(touched)
     with pytest.raises(ValueError, match="sparse_grad is of backend 'eager'"):
         pkm(query, keys, tables[0], topk=3, backend="reference", sparse_grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["autocast", "inputs"])
+def test_half_precision_reads_the_slots_of_float32(backend, how):
+    """Sub-keys whose scores tie in eight bits are told apart."""
+    query, keys, values = (tensor.detach().bfloat16() for tensor in draw(50, n=64))
+    exact = (query.float(), keys.float(), values.float())
+    output, indices, weights = pkm(*exact, topk=8, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        given = (query, *exact[1:]) if how == "autocast" else (query, keys, values)
+        rounded, found, shares = pkm(*given, topk=8, backend=backend)
+    assert torch.equal(found, indices)
+    assert (rounded.dtype, shares.dtype) == (given[2].dtype, torch.bfloat16)
+    # Eight bits of each of eight weights and values, and of their sum.
+    assert float((rounded.float() - output).norm() / output.norm()) < 2**-7
+    torch.testing.assert_close(shares.float(), weights, rtol=2**-8, atol=0)

@@ -94,7 +94,7 @@ def invoke(*arguments: str) -> Result:
     [
         (f"--layers {BROKEN}:Slots --seed 1", 0, "(--seed 1)"),
         (f"--layers {BROKEN}:WrongForASeed --seed 7", 0, "of the ok ones in a second draw (--seed 7)"),
-        (f"--layers {BROKEN}:WrongWhenNarrow --variants all", 1, "6 ok, 3 wrong"),
+        (f"--layers {BROKEN}:WrongWhenNarrow --variants all", 1, "9 ok, 3 wrong"),
         (f"--layers {BROKEN}:WrongWhenNarrow", 0, "ok"),
         (f"--layers {BROKEN}:DiesWhenNarrow --variants narrow", 1, "SIGSEGV"),
         ("--layers linear --backend fla", 4, "skipped: backend 'fla' runs on a CUDA device, not on cpu"),

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_support import power_of_two, wide_type
+from .precision import wide_type
+from .triton_support import power_of_two
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -3,7 +3,6 @@
 import os
 
 import torch
-from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton reads it as it decorates a kernel
 GPU_BLOCKS_VARIABLE = "FWPKM_BENCH_GPU_BLOCKS"  # for what is compiled for a GPU without one
@@ -33,8 +32,3 @@ def require_triton(device: torch.device) -> None:
 def power_of_two(size: int, least: int = 1) -> int:
     """The least power of two that holds ``size``, and at least ``least``."""
     return max(least, 1 << (size - 1).bit_length())
-
-
-def wide_type(tensor: Tensor) -> torch.dtype:
-    """What the kernels compute in: float64 for float64, float32 for the rest."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -4,12 +4,13 @@ Shapes: B sequences, T tokens, S memories (B, or 1 where they share one), H head
 h = key_dim / 2, k = top-k, P written pairs.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fwpkm_bench.kernels.precision import full_precision, wide_type
 
 from . import reference
 from .backends import BACKENDS, SPARSE
@@ -114,8 +115,8 @@ def run_memory(
     batch, tokens, _ = query.shape
     state = init_state(keys, values, batch, settings, backend) if state is None else state
     _check_state(state, keys, values, batch, settings, backend)
-    with _full_precision(query.device.type):
-        kind = fast_dtype(keys)
+    with full_precision(query.device.type):
+        kind = wide_type(keys)  # of fast weights: float32, or float64 where the keys are
         gate = query.new_ones(batch, tokens) if gate is None else gate
         mask = None if mask is None else mask.to(kind)
         gate = gate.to(kind) if mask is None else gate.to(kind) * mask
@@ -129,16 +130,6 @@ def run_memory(
         losses=out["losses"],
         addressing_loss=entropy.mean() if entropy.numel() else entropy.new_zeros(()),
     )
-
-
-def _full_precision(device: str) -> AbstractContextManager[object]:
-    """Autocast off, where it is on."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def fast_dtype(keys: Tensor) -> torch.dtype:
-    """The type of fast weights: float32, or float64 where the keys are."""
-    return torch.promote_types(keys.dtype, torch.float32)
 
 
 def _run(
@@ -157,7 +148,7 @@ def init_state(
     keys: Tensor, values: Tensor, batch: int, settings: MemorySettings, backend: str = "eager"
 ) -> FwPKMState:
     """The memory of ``batch`` sequences before their first token."""
-    keys = keys.to(fast_dtype(keys))
+    keys = keys.to(wide_type(keys))
     if backend in SPARSE:
         return OverlayState(keys, values, batch, settings, backend)
     memories = batch if settings.scope == "per_sequence" else 1

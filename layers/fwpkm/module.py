@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fwpkm_bench.kernels.phases import phase
+from fwpkm_bench.kernels.precision import wide_type
 
 from ..contract import Cost, SequenceLayer, linear_flops
 from . import reference
@@ -138,7 +139,7 @@ def _project(x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 def unit_rms(x: Tensor) -> Tensor:
     """`torch.nn.RMSNorm` without its weight, in float32 at least; torch's takes twice as long here."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_type(x))
     mean_square = wide.square().mean(-1, keepdim=True)
     return (wide * (mean_square + torch.finfo(wide.dtype).eps).rsqrt()).to(x.dtype)
 

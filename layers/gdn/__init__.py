@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fwpkm_bench.kernels.phases import phase
+from fwpkm_bench.kernels.precision import full_precision, wide_type
 
 from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
 from . import eager
@@ -63,7 +64,7 @@ def gated_delta_rule(
         raise ValueError(f"q is {list(q.shape)}; it must be [B, T, H, Dk], none of them 0")
     batch, seq, heads, key_dim = q.shape
     value_dim = v.shape[-1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_type(q)
     if state is None:
         state = q.new_zeros((batch, heads, key_dim, value_dim), dtype=dtype)
     for name, tensor, shape in (
@@ -81,7 +82,7 @@ def gated_delta_rule(
     kept = 3 if backend == "fla" else 0  # tensors that keep their type
     tensors = (q, k, v, beta, log_decay, state)
     inputs = (*tensors[:kept], *(tensor.to(dtype) for tensor in tensors[kept:]))
-    with phase("delta rule"):
+    with phase("delta rule"), full_precision(q.device.type):
         output, state = IMPLEMENTATIONS[backend](*inputs)
     return output.to(v.dtype), state
 
@@ -122,7 +123,7 @@ class GatedDeltaNet(SequenceLayer):
         """An empty memory for ``batch_size`` sequences, on the parameters' device."""
         heads, head_dim = self.settings.heads, self.settings.head_dim
         weight = self.out.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = wide_type(weight)
         return State(weight.new_zeros((batch_size, heads, head_dim, head_dim), dtype=dtype))
 
     def state_from(self, tensors: dict[str, Tensor]) -> State:

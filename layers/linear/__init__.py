@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fwpkm_bench.kernels.phases import phase
+from fwpkm_bench.kernels.precision import full_precision, wide_type
 
 from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
 from . import eager
@@ -52,7 +53,7 @@ def linear_attention(
         raise ValueError(f"q is {list(q.shape)}; it must be [B, T, H, Dk], none of them 0")
     batch, seq, heads, key_dim = q.shape
     value_dim = v.shape[-1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_type(q)
     if state is None:
         memory = q.new_zeros((batch, heads, key_dim, value_dim), dtype=dtype)
         state = LinearState(memory, q.new_zeros((batch, heads, key_dim), dtype=dtype))
@@ -70,7 +71,7 @@ def linear_attention(
     kept = 3 if backend == "fla" else 0  # tensors that keep their type
     tensors = (q, k, v, state.memory, state.normaliser)
     inputs = (*tensors[:kept], *(tensor.to(dtype) for tensor in tensors[kept:]))
-    with phase("attention"):
+    with phase("attention"), full_precision(q.device.type):
         output, memory, normaliser = IMPLEMENTATIONS[backend](*inputs)
     return output.to(v.dtype), LinearState(memory, normaliser)
 
@@ -100,7 +101,7 @@ class LinearAttention(SequenceLayer):
         """An empty memory for ``batch_size`` sequences, on the parameters' device."""
         heads, head_dim = self.settings.heads, self.settings.head_dim
         weight = self.out.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = wide_type(weight)
         memory = weight.new_zeros((batch_size, heads, head_dim, head_dim), dtype=dtype)
         return LinearState(memory, weight.new_zeros((batch_size, heads, head_dim), dtype=dtype))
 

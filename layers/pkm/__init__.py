@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fwpkm_bench.kernels.precision import full_precision
+
 from ..contract import Cost, SequenceLayer, linear_flops, parameter_bytes, require_positive
 from . import eager
 from .core import IMPLEMENTATIONS, Core, State, draw_tables
@@ -64,7 +66,8 @@ def pkm(
             ``torch.optim.SparseAdam``; of backend "eager" alone.
 
     Returns:
-        The output ``[N, value_dim]``, the slots ``[N, H, k]`` int64, best first, and their weights.
+        The output ``[N, value_dim]`` in the type of ``values``, the slots ``[N, H, k]`` int64, best first,
+        and their weights in the type of ``query``. Scores are float32 at least.
 
     Raises:
         ValueError: shapes that do not fit each other, ``topk`` beyond n, or an unknown backend.
@@ -82,11 +85,12 @@ def pkm(
         raise ValueError(f"values is {list(values.shape)}; for {n} sub-keys it must be [{n * n}, value_dim]")
     if not 1 <= topk <= n:
         raise ValueError(f"topk must be at least 1 and at most the number of sub-keys, got {topk} and {n}")
-    if not sparse_grad:
-        return IMPLEMENTATIONS[backend](query, keys, values, topk)
-    if backend != "eager":
+    if sparse_grad and backend != "eager":
         raise ValueError(f"sparse_grad is of backend 'eager' alone, got backend {backend!r}")
-    return eager.pkm(query, keys, values, topk, sparse_grad=True)
+    with full_precision(query.device.type):
+        if sparse_grad:
+            return eager.pkm(query, keys, values, topk, sparse_grad=True)
+        return IMPLEMENTATIONS[backend](query, keys, values, topk)
 
 
 class ProductKeyMemory(SequenceLayer):

@@ -7,14 +7,20 @@ import torch
 from torch import Tensor
 
 from fwpkm_bench.kernels.phases import phase
+from fwpkm_bench.kernels.precision import wide_type
 
 
 def pkm(query: Tensor, keys: Tensor, values: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best k of the k*k pairs of each half's best k sub-keys; their softmax-weighted values, summed."""
+    """The best k of the k*k pairs of each half's best k sub-keys; their softmax-weighted values, summed.
+
+    Float32 at least; at the end the output is rounded to the type of ``values``, the weights to that of
+    ``query``.
+    """
+    kind = wide_type(query)
     with phase("address"):
         n = keys.shape[2]
-        halves = query.unflatten(-1, (2, -1))
-        scores = torch.einsum("nHch,Hcsh->nHcs", halves, keys)
+        halves = query.to(kind).unflatten(-1, (2, -1))
+        scores = torch.einsum("nHch,Hcsh->nHcs", halves, keys.to(kind))
         best, subkeys = scores.topk(topk, dim=-1)  # [N, H, 2, k]
         pairs = (best[..., 0, :, None] + best[..., 1, None, :]).flatten(-2)
         slots = (subkeys[..., 0, :, None] * n + subkeys[..., 1, None, :]).flatten(-2)
@@ -22,4 +28,5 @@ def pkm(query: Tensor, keys: Tensor, values: Tensor, topk: int) -> tuple[Tensor,
         indices = slots.gather(-1, chosen)
         weights = slot_scores.softmax(-1)
     with phase("read"):
-        return torch.einsum("nHk,nHkd->nd", weights, values[indices]), indices, weights
+        output = torch.einsum("nHk,nHkd->nd", weights, values[indices].to(kind))
+    return output.to(values.dtype), indices, weights.to(query.dtype)

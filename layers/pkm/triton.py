@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fwpkm_bench.kernels.phases import phase
+from fwpkm_bench.kernels.precision import wide_type
 from fwpkm_bench.kernels.product_key_triton import nearest_subkeys, product
 from fwpkm_bench.kernels.rows_triton import group_reads, grouped_sum, row_dots, weighted_rows
 from fwpkm_bench.kernels.subkey_gradients_triton import subkey_gradients, subkeys_weighted
-from fwpkm_bench.kernels.triton_support import require_triton, wide_type
+from fwpkm_bench.kernels.triton_support import require_triton
 
 BLOCK = 4096  # tokens
 
