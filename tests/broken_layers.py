@@ -82,6 +82,15 @@ class ReferenceOnly(Fine):
     backends = ("reference",)
 
 
+class SlowFirst(Fine):
+    """Its first call after the warm-up takes long, as one does that is given new memory."""
+
+    def forward(self, x, state=None):
+        self.calls = getattr(self, "calls", 0) + 1
+        time.sleep(0.5 if self.calls == 2 else 0.001)
+        return super().forward(x, state)
+
+
 class SlowThenGreedy(Greedy):
     """Too slow to be measured twice, and then too large."""
 

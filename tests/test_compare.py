@@ -1,6 +1,8 @@
 """Comparisons: verdicts on turns whose truth is known, and whole runs over a repository of their own."""
 
+import itertools
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -15,8 +17,9 @@ from fwpkm_bench import run as runner
 from fwpkm_bench.cli import main
 from fwpkm_bench.compare import Plan, phases_of, requests
 from fwpkm_bench.comparing import verdicts
-from fwpkm_bench.comparing.duel import Rules
-from fwpkm_bench.comparing.sides import export
+from fwpkm_bench.comparing.duel import Rules, starting_orders
+from fwpkm_bench.comparing.remote import Remote
+from fwpkm_bench.comparing.sides import Side, export
 from fwpkm_bench.comparing.verdicts import AGAIN, Turn, speed
 from fwpkm_bench.spec import Sweep
 from fwpkm_bench.store import JOURNAL
@@ -301,6 +304,28 @@ def test_a_side_that_fails_is_named(repository: Path, before: str, after: str, s
     assert said in row["reason"]
     assert "Traceback" not in result.output
     assert result.output.splitlines()[-1] == "1 case: 1 not measured"
+
+
+def test_each_side_is_started_first_second_and_third_alike() -> None:
+    """The third process to start is some percent faster, whichever side's it is."""
+    names = ["A", "B", AGAIN]
+    for seed in range(20):
+        orders = list(itertools.islice(starting_orders(names, random.Random(seed)), 12))
+        for three in (orders[:3], orders[3:6]):
+            assert all(sorted(place) == sorted(names) for place in zip(*three, strict=True))
+        assert len({tuple(order) for order in orders[:6]}) == 6
+        assert orders[6:] == orders[:6]
+
+
+def test_a_side_settles_after_a_slow_first_call() -> None:
+    """How many calls a turn has hangs on how long the last one took, and that is not the first."""
+    layer = f"{ROOT / 'tests' / 'broken_layers.py'}:SlowFirst"
+    (request,) = requests(
+        (layer,), ("prefill",), (64,), (1,), ("float32",), device="cpu", size="", seeds=(0,)
+    )
+    with Remote(Side("A", "this"), request, timeout_s=60.0) as remote:
+        said = remote.call("start", into="")
+    assert 1 <= said["call_ms"] < 250
 
 
 @pytest.mark.slow  # the limit leaves the other side time enough on a slow machine

@@ -23,6 +23,8 @@ from fwpkm_bench.spec import Case, Sweep
 from fwpkm_bench.workloads import recall, throughput
 
 SETTLING_S = 0.3  # of calls before the first that counts
+LONG_S = 2.0  # a first call that long settles by itself
+BLOCK = 2**20  # elements
 AFTER = 64  # tokens read on with the state that a first call left
 
 
@@ -99,7 +101,8 @@ class Bench:
         return {"exact": not half and self.case.backend != "fla"}  # fla-core computes in tf32
 
     def start(self, into: str) -> dict[str, Any]:
-        """Build the case and run it until it has settled; the first call's results go to ``into``."""
+        """Build the case and run it until it has settled. Where ``into`` names a file, the first call's
+        results go there, and what is returned tells the parameters too."""
         case = self.case
         self.mode = throughput.prepared(case)
         self.sample = sampler(case.device)
@@ -115,7 +118,7 @@ class Bench:
         del result
         started = time.perf_counter()
         milliseconds = first_ms
-        while first_ms < 1e3 * SETTLING_S and time.perf_counter() - started < SETTLING_S:
+        while first_ms < 1e3 * LONG_S and time.perf_counter() - started < SETTLING_S:
             milliseconds, _ = self._call()
         return {
             "backend": case.backend,
@@ -124,7 +127,7 @@ class Bench:
             "state_bytes": self.mode.state_bytes,
             "call_ms": milliseconds,
             "step_tokens": self.mode.step_tokens,
-            "parameters": fingerprint(self.mode.layer),
+            "parameters": fingerprint(self.mode.layer) if into else None,
         }
 
     def turn(self, calls: int, warm: bool) -> list[float]:
@@ -186,5 +189,9 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(layer: Any) -> list[float]:
     """Two numbers for each parameter: equal where the parameters are."""
-    with torch.no_grad():
-        return [float(x) for p in layer.parameters() for x in (p.double().sum(), p.double().norm())]
+    numbers = []
+    for parameter in layer.parameters():
+        blocks = parameter.detach().flatten().split(BLOCK)  # a table is not copied whole
+        numbers.append(sum(float(block.sum(dtype=torch.float64)) for block in blocks))
+        numbers.append(sum(float(block.double().square().sum()) for block in blocks))
+    return numbers

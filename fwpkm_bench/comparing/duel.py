@@ -1,15 +1,15 @@
 """Two sides, timed in turns: A B C C B A, each side a process of its own, C a second one of side A.
 
 All three processes stay for the rounds of an invocation, one at work and two waiting, and are then started
-afresh, because where a process finds its memory makes it a few percent faster or slower for life.
+afresh, because where a process finds its memory makes it a few percent faster or slower for life. So does
+whether it was the first, second or third to be started: the sides take turns at that too.
 """
 
-import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,25 +61,25 @@ def fight(
         SideError: a side fails; ``fought`` has what came before.
     """
     sides = {"A": a, "B": b, AGAIN: a}
-    chance = random.Random(0)
+    chance = random.Random()
     began = time.monotonic()
 
-    def start(stack: ExitStack, into: dict[str, Path]) -> dict[str, Remote]:
+    def start(stack: ExitStack, order: Iterable[str], into: dict[str, Path]) -> dict[str, Remote]:
         remotes: dict[str, Remote] = {}
-        for name in chance.sample(list(sides), len(sides)):
+        for name in order:
             remotes[name] = stack.enter_context(Remote(sides[name], request, rules.timeout_s))
             said = remotes[name].call("start", into=str(into.get(name, "")))
             fought.starts.setdefault(name, []).append(said)
         return remotes
 
     with ExitStack() as stack:  # a rehearsal: what it writes disturbs, and so does what is new to the machine
-        start(stack, outputs)
+        start(stack, sides, outputs)
     if not check():
         return
-    for invocation in itertools.count(1):
+    for invocation, order in enumerate(starting_orders(list(sides), chance), 1):
         started = time.monotonic()
         with ExitStack() as stack:
-            remotes = start(stack, {})
+            remotes = start(stack, order, {})
             setup_s = time.monotonic() - started
             left_s = rules.budget_s - (time.monotonic() - began)
             missing = max(1, LEAST_INVOCATIONS + 1 - invocation)  # this one and those that must follow
@@ -92,6 +92,16 @@ def fight(
         spent = fought.seconds * (invocation + 2) / (invocation + 1) > rules.budget_s  # by one more
         if spent or (tight and invocation >= LEAST_INVOCATIONS):
             return
+
+
+def starting_orders(names: list[str], chance: random.Random) -> Iterator[list[str]]:
+    """Orders in which to start the sides, without end: in as many as there are sides, each comes once in each
+    place; then once more, against the sun, so that none always follows the same other."""
+    ring = chance.sample(names, len(names))
+    while True:
+        for first in range(len(ring)):
+            yield ring[first:] + ring[:first]
+        ring.reverse()
 
 
 def _play(
@@ -110,6 +120,8 @@ def _play(
     wanted = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(setup_s / round_s)))
     for number in range(max(1, min(wanted, int(affordable_s / round_s)))):
         order = chance.sample(list(remotes), len(remotes))
+        if number == 0 and calls > 1:  # the first turn after setting up is slower by up to 10%
+            remotes[order[0]].call("turn", calls=calls, warm=False)
         for name in (*order, *reversed(order)):
             samples = remotes[name].call("turn", calls=calls, warm=calls > 1)
             fought.turns.append(Turn(name, invocation, number, statistics.median(samples)))
