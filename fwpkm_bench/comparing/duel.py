@@ -95,8 +95,8 @@ def fight(
 
 
 def starting_orders(names: list[str], chance: random.Random) -> Iterator[list[str]]:
-    """Orders in which to start the sides, without end: in every three, each side comes once in each place; the
-    next three are mirrored, so that none always follows the same other."""
+    """Orders in which to start the sides, without end: in every three, each side comes once in each place;
+    the next three are mirrored, so that none always follows the same other."""
     ring = chance.sample(names, len(names))
     while True:
         for first in range(len(ring)):
